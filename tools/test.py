@@ -1,0 +1,35 @@
+"""Run every test: the notebooks by nbdev_test, then pytest on tests/. Further arguments go to pytest."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+root = Path(__file__).resolve().parents[1]
+scripts = Path(sysconfig.get_path("scripts"))  # so that an environment's Python is enough, activated or not
+workers = min(4, os.cpu_count() or 1)
+
+
+def run(*command: str, **env: str) -> bool:
+    "Whether the command, run in the project's root, succeeds."
+    path = os.pathsep.join([str(scripts), os.environ.get("PATH", "")])
+    return subprocess.run(command, cwd=root, env={**os.environ, "PATH": path, **env}).returncode == 0
+
+
+def main() -> None:
+    # One notebook per core and one thread per notebook: left alone, XLA starts a thread per core in each of them.
+    threads = dict.fromkeys(("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") if workers > 1 else {}
+    notebooks = run(
+        *(sys.executable, str(scripts / "nbdev_test")),
+        *("--n_workers", str(workers), "--timing", "--do_print"),
+        **threads,
+    )
+    tests = run(sys.executable, "-m", "pytest", "tests", *sys.argv[1:])
+    if not notebooks:
+        sys.exit("nbdev_test failed: see the notebooks listed above.")
+    sys.exit(not tests)
+
+
+if __name__ == "__main__":
+    main()
