@@ -48,7 +48,7 @@ def progress(
     from tqdm import tqdm
 
     return tqdm(
-        iterable, total=total, desc=desc, file=sys.stderr, ncols=100, mininterval=0.5, dynamic_ncols=False, **kw
+        iterable, total=total, desc=desc, file=sys.stderr, ncols=120, mininterval=0.5, dynamic_ncols=False, **kw
     )
 
 # %% ../nbs/00_core.ipynb #3bb4368c
@@ -300,7 +300,8 @@ def load(
             f.readline()
             arrays = eqx.tree_deserialise_leaves(f, [names[k] for k in found])
         tensors = dict(zip(found, arrays))
-    return jax.tree_util.tree_map_with_path(lambda p, x: jnp.asarray(tensors[_path_name(p)]), skeleton)
+    fill = lambda path, x: jnp.asarray(tensors[_path_name(path)]) if hasattr(x, "shape") else x
+    return jax.tree_util.tree_map_with_path(fill, skeleton)
 
 # %% ../nbs/00_core.ipynb #edbd7fe6
 def field_limit(*fields: np.ndarray) -> float:

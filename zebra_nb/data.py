@@ -83,6 +83,14 @@ def _short(name: str) -> str:
     return re.sub(r"'(.*)'", lambda m: Path(m[1]).name, name)
 
 
+@patch(as_prop=True)
+def gaps(self: FieldDataset) -> list[str]:
+    "One sentence for each hole between two segments of the same recording."
+    name = lambda s, k: _short(self.reader.name(s.trajectory, k))
+    both = [(a, b) for a, b in zip(self.segments, self.segments[1:]) if a.trajectory == b.trajectory]
+    return [f"frames are missing between {name(a, a.stop - 1)} and {name(b, b.start)}" for a, b in both]
+
+
 @patch
 def _repr_markdown_(self: FieldDataset) -> str:
     c, h, w = self.field_shape
@@ -96,6 +104,7 @@ def _repr_markdown_(self: FieldDataset) -> str:
         t = self.times(i)
         rows.append(f"| {i} | {s.stop - s.start:,} | {ends[0]} | {ends[1]} | {t[0]:g} to {t[-1]:g} |")
     rows += ["| … | | | | |"] if len(self) > 8 else []
+    rows += [f"\n**Gap**: {told}, and no window bridges it" for told in self.gaps[:3]]
     for name, mean, std in zip(self.channels, *self.known or ((), ())):
         rows.append(f"\n{name}: mean {mean:.4g}, standard deviation {std:.4g}")
     return head + "\n".join(rows)

@@ -303,7 +303,7 @@ class MultiScaleQuantizer2d(AbstractQuantizer2d):
             return self.codebooks[scale].nearest(targets[-1])
 
         indices, latents = zip(*self.walk(nearest_to_what_is_missing))
-        commitment = sum(jnp.mean((z - lax.stop_gradient(f)) ** 2) for f in latents) / len(latents)
+        commitment = jnp.mean((z - lax.stop_gradient(latents[-1])) ** 2)
         return Quantized(latents[-1] + z - lax.stop_gradient(z), indices, commitment, tuple(targets))
 
     def decode(self, indices):

@@ -1,0 +1,175 @@
+"""The command line as a process of its own: the stages one after the other, and a table of bad inputs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import scipy.io
+
+SMALL = (
+    "--var_mode --base_channels 8 --channel_mult 1,2 --num_res_blocks 1 --hidden_dim 16 --codebook_dim 8 "
+    "--vocab_size 32 --scales 1,2,4,8 --batch_size 8 --lr 3e-3 --max_steps 4"
+).split()
+
+
+def zebra(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+    "`zebra-nb` with these arguments, in `cwd`."
+    command = [sys.executable, "-c", "from zebra_nb.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+
+
+def succeeds(*arguments: object, cwd: Path) -> str:
+    done = zebra(*arguments, cwd=cwd)
+    assert done.returncode == 0, f"{arguments}: {done.stdout[-1000:]}{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def write_mat(folder: Path, frames: np.ndarray, name: str = "Omega") -> Path:
+    folder.mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        scipy.io.savemat(folder / f"{i + 1}.mat", {name: frame})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "A folder in which every stage has run once, at the smallest size: flow.h5, mat/, vqvae/, tokens/, nsp/."
+    work = tmp_path_factory.mktemp("work")
+    succeeds("simulate", "--output", "flow.h5", "--n_frames", 90, "--num_points", 32, "--spin_up", 5, cwd=work)
+    with h5py.File(work / "flow.h5") as f:
+        write_mat(work / "mat", f["fields/omega"][:].astype(float))
+    succeeds("train-vqvae", "--data_dir", "mat", "--out", "vqvae", *SMALL, cwd=work)
+    succeeds("tokenizer", "save", "--checkpoint", "vqvae", "--data-dir", "mat", "--output", "tokens", cwd=work)
+    predictor = "--n_layer 1 --n_head 2 --n_embd 16 --optimizer lion --lr 1e-3 --max_steps 4 --batch_size 8".split()
+    tokens = ("--tokens_path", "tokens", "--vqvae_checkpoint", "vqvae")
+    succeeds("train-nsp", *tokens, "--out", "nsp", *predictor, cwd=work)
+    return work
+
+
+def test_the_stages_follow_one_another(work: Path):
+    "A folder of .mat files becomes a tokenizer, tokens, a predictor, and a report."
+    assert "8 × 8" in succeeds("tokenizer", "info", "--checkpoint", "vqvae", cwd=work)
+    options = "--n_samples 1 --n_steps 3 --temperature 0.9 --top_k 8".split()
+    succeeds("eval-nsp", "--nsp_checkpoint", "nsp", "--data_dir", "mat", "--out", "eval", *options, cwd=work)
+    metrics = json.loads((work / "eval/metrics.json").read_text())
+    assert len(metrics["relative_l2"]["forecast"]) == 3
+    assert {p.name for p in (work / "eval").iterdir()} == {"metrics.json", "report.html", "rollout.mp4"}
+
+
+def test_a_run_goes_on(work: Path):
+    "`--resume` continues a run to a later step; without it, the run is not touched."
+    before = (work / "vqvae/model.safetensors").read_bytes()
+    refused = zebra("train-vqvae", "--data_dir", "mat", "--out", "vqvae", *SMALL, cwd=work)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    assert (work / "vqvae/model.safetensors").read_bytes() == before
+    shutil.copytree(work / "vqvae", work / "longer")
+    succeeds("train-vqvae", "--data_dir", "mat", "--out", "longer", *SMALL[:-1], 6, "--resume", cwd=work)
+    steps = [json.loads(line)["step"] for line in (work / "longer/history.jsonl").read_text().splitlines()]
+    assert steps[-1] == 6 and steps == sorted(set(steps))
+
+
+def folder_of(kind: str, work: Path) -> Path:
+    "A data folder or file that is bad in this way."
+    frames = np.random.default_rng(0).normal(size=(60, 32, 32))
+    path = work / f"bad {kind}"
+    if path.exists() or kind == "missing":
+        return path
+    if kind == "empty":
+        path.mkdir()
+    elif kind == "without the variable":
+        write_mat(path, frames, name="vorticity")
+    elif kind == "few":
+        write_mat(path, frames[:2])
+    elif kind in ("truncated", "ragged", "nan"):
+        write_mat(path, frames)
+        if kind == "truncated":
+            last = path / "7.mat"
+            last.write_bytes(last.read_bytes()[:2000])
+        if kind == "ragged":
+            scipy.io.savemat(path / "7.mat", {"Omega": np.zeros((16, 32))})
+        if kind == "nan":
+            scipy.io.savemat(path / "7.mat", {"Omega": np.full((32, 32), np.nan)})
+    elif kind == "cut.h5":
+        path.write_bytes((work / "flow.h5").read_bytes()[:3000])
+    elif kind == "odd size":
+        write_mat(path, frames[:, :30, :30])
+    return path
+
+
+DATA = {
+    "missing": "bad missing",
+    "empty": "bad empty",
+    "without the variable": "vorticity",
+    "truncated": "7.mat",
+    "cut.h5": "bad cut.h5",
+    "ragged": "7.mat",
+    "nan": "7.mat",
+    "odd size": "multiples of 4",
+    "few": "frames",
+}
+
+
+def refuses(done: subprocess.CompletedProcess, *words: str):
+    "Exit code 2, one sentence on standard error that has the words, no traceback, nothing on standard output."
+    assert done.returncode == 2, f"exit {done.returncode}: {done.stderr[-2000:]}"
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "it/s" not in line and "?it" not in line]
+    assert len(lines) == 1 and lines[0].startswith("zebra-nb: "), done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_bad_data(kind: str, work: Path):
+    "Data that cannot be used: one sentence that names the culprit, and no output folder."
+    path = folder_of(kind, work)
+    done = zebra("train-vqvae", "--data_dir", path, "--out", f"out {kind}", *SMALL, cwd=work)
+    refuses(done, DATA[kind])
+    assert not (work / f"out {kind}" / "model.safetensors").exists()
+    assert not list(work.glob(f"out {kind}/**/*.part*"))
+
+
+def test_bad_data_for_the_demo(work: Path):
+    refuses(zebra("demo", "--data_dir", folder_of("empty", work), "--out", "out demo", cwd=work), "bad empty")
+    assert not (work / "out demo").exists()
+
+
+def test_checkpoint_of_another_architecture(work: Path):
+    "A run cannot be resumed with other sizes, and a predictor is not a tokenizer."
+    shutil.copytree(work / "vqvae", work / "resumed")
+    wider = [*SMALL, "--hidden_dim", "24", "--resume"]
+    refuses(zebra("train-vqvae", "--data_dir", "mat", "--out", "resumed", *wider, cwd=work), "another architecture")
+    assert (work / "resumed/model.safetensors").read_bytes() == (work / "vqvae/model.safetensors").read_bytes()
+    refuses(zebra("tokenizer", "info", "--checkpoint", "nsp/model.safetensors", cwd=work), "NextScalePredictor")
+    refuses(zebra("tokenizer", "info", "--checkpoint", "nowhere", cwd=work), "nowhere")
+
+
+def test_tokens_of_another_tokenizer(work: Path):
+    "A predictor is not trained on tokens that another VQ-VAE made, nor on a cut token file."
+    other = [*SMALL, "--seed", "1", "--out", "other"]
+    succeeds("train-vqvae", "--data_dir", "mat", *other, cwd=work)
+    tokens = ("--tokens_path", "tokens", "--max_steps", "2", "--out", "out nsp")
+    refuses(zebra("train-nsp", *tokens, "--vqvae_checkpoint", "other", cwd=work), "tokenizer")
+    assert not (work / "out nsp").exists()
+    shutil.copytree(work / "tokens", work / "cut tokens")
+    whole = (work / "tokens/train.npz").read_bytes()
+    (work / "cut tokens/train.npz").write_bytes(whole[: len(whole) // 2])
+    cut = ("--tokens_path", "cut tokens", "--vqvae_checkpoint", "vqvae", "--out", "out nsp")
+    refuses(zebra("train-nsp", *cut, cwd=work), "train.npz")
+
+
+def test_bad_numbers(work: Path):
+    "Sampling that makes no sense, scales that do not fit."
+    evaluate = ("eval-nsp", "--nsp_checkpoint", "nsp", "--data_dir", "mat", "--out", "out eval")
+    refuses(zebra(*evaluate, "--temperature", "0", cwd=work), "greedy")
+    refuses(zebra(*evaluate, "--top_p", "1.5", cwd=work), "top_p")
+    assert not (work / "out eval").exists()
+    scales = [*SMALL, "--scales", "1,2,4,16"]
+    refuses(zebra("train-vqvae", "--data_dir", "mat", "--out", "out scales", *scales, cwd=work), "scales")
+    assert zebra("train-vqvae", "--data_dir", "mat", "--scales", "1;2", cwd=work).returncode == 2
