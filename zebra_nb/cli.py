@@ -208,7 +208,7 @@ def demo(
 
 
 def lab(
-    folder: Path = Path("."),  # where to start
+    folder: Path | None = None,  # where to start; `nbs` in a checkout, else the current folder
 ) -> None:
     "Open JupyterLab."
     import importlib.util
@@ -216,6 +216,9 @@ def lab(
 
     if importlib.util.find_spec("jupyterlab") is None:
         raise InputError("JupyterLab is not installed: pip install 'zebra_nb[lab]'")
+    folder = folder or (Path("nbs") if Path("nbs").is_dir() else Path("."))
+    if not folder.is_dir():
+        raise InputError(f"there is no folder '{folder}' to open")
     raise SystemExit(subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)]))
 
 # %% ../nbs/11_cli.ipynb #c709c991

@@ -86,16 +86,23 @@ class Rollout:
         return np.broadcast_to(self.truth[:, :1], self.truth.shape)
 
     @property
+    def repetition(self) -> Float[np.ndarray, "n t c h w"]:
+        "The start frame's round trip in place of every later frame: what a predictor that copies its tokens would score."
+        return np.broadcast_to(self.round_trip[:, :1], self.truth.shape)
+
+    @property
     def candidates(self) -> dict[str, Float[np.ndarray, "n t c h w"]]:
         "What is compared with the truth, by name, as long as the truth is known."
         known = self.forecast[:, : self.truth.shape[1]]
-        return dict(forecast=known, persistence=self.persistence, round_trip=self.round_trip)
+        return dict(
+            forecast=known, persistence=self.persistence, repetition=self.repetition, round_trip=self.round_trip
+        )
 
     def errors(
         self,
         measure: Callable = relative_l2,  # of fields (…, c, h, w) and the truth
     ) -> dict[str, Float[np.ndarray, " steps"]]:
-        "The measure at steps 1, 2, … of forecast, persistence and round trip, averaged over start frames."
+        "The measure at steps 1, 2, … of the candidates, averaged over start frames."
         return {name: measure(x, self.truth)[:, 1:].mean(axis=0) for name, x in self.candidates.items()}
 
 # %% ../nbs/08_evaluation.ipynb #904d4812
@@ -105,7 +112,9 @@ def lead_steps(n_steps: int) -> list[int]:
     return [*steps, n_steps]
 
 
-LABELS = dict(truth="truth", forecast="forecast", persistence="persistence", round_trip="round trip")
+LABELS = dict(
+    truth="truth", forecast="forecast", persistence="persistence", repetition="repetition", round_trip="round trip"
+)
 
 
 def _repr_markdown_(self) -> str:
@@ -213,7 +222,7 @@ def flow_statistics(
     rollout: Rollout,
     channel: int = 0,
 ) -> dict[str, typing.Any]:
-    "Mean spectra of truth, forecast, persistence and round trip, and the distances of spectra and values from the truth's."
+    "Mean spectra of the truth and all candidates, and the distances of spectra and values from the truth's."
     fields = {"truth": rollout.truth, **rollout.candidates}
     fields = {name: x[:, 1:, channel] for name, x in fields.items()}
     vorticity = rollout.channels[channel].lower() in ("omega", "vorticity")

@@ -65,6 +65,7 @@ STYLES = dict(
     truth=dict(color="black", linestyle="-", linewidth=1.6),
     forecast=dict(color="#0072B2", linestyle="-", linewidth=1.8),
     persistence=dict(color="#D55E00", linestyle=":", linewidth=1.8),
+    repetition=dict(color="#CC79A7", linestyle="-.", linewidth=1.4),
     round_trip=dict(color="#009E73", linestyle="--", linewidth=1.5),
 )
 
@@ -97,8 +98,9 @@ def plot_errors(
         fontsize="small",
         loc="lower center",
         bbox_to_anchor=(0.5, 1.0),
-        ncols=len(errors),
-        columnspacing=1.2,
+        ncols=min(len(errors), 4),
+        columnspacing=1.0,
+        handlelength=1.6,
     )
     return ax
 
@@ -230,26 +232,30 @@ class Painter:
         channel: int = 0,
         size: int = 288,  # pixels of a panel, at most (but for fields with more cells)
     ):
-        from matplotlib import font_manager
-        from PIL import Image, ImageDraw, ImageFont
-
         self.rollout, self.sample, self.channel = rollout, sample, channel
         h, w = rollout.truth.shape[-2:]
         self.cell = max(1, size // max(h, w))
         self.limit = field_limit(rollout.truth[sample, :, channel])
-        high, wide = h * self.cell, max(w * self.cell, 120)
-        self.top, self.corners, gap = 28, [10 + i * (wide + 10) for i in range(3)], 10
-        width, height = 3 * (wide + gap) + gap, self.top + high + 36
-        self.canvas = Image.new("RGB", (width + width % 2, height + height % 2), "white")
-        self.font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
-        self.foot, draw = self.top + high + 9, ImageDraw.Draw(self.canvas)
+        wide = max(w * self.cell, 120)
+        self.top, self.corners = 28, [10 + i * (wide + 10) for i in range(3)]
+        self.foot = self.top + h * self.cell + 9
+        self.canvas = self._canvas(3 * (wide + 10) + 10, self.foot + 27)
+
+    def _canvas(self, width: int, height: int):
+        "What stays the same: titles and colour bar, on a canvas of even size."
+        from matplotlib import font_manager
+        from PIL import Image, ImageDraw, ImageFont
+
+        canvas = Image.new("RGB", (width + width % 2, height + height % 2), "white")
+        draw, self.font = ImageDraw.Draw(canvas), ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 14)
         for x, name in zip(self.corners, self.panels):
             draw.text((x, 6), LABELS[name], fill="black", font=self.font)
         bar = colour_image(np.linspace(-1, 1, 120)[None], 1.0).repeat(12, axis=0)
-        text = f"±{self.limit:.3g} {quantity(rollout.channels[channel])}"
-        left = width - gap - int(draw.textlength(text, font=self.font))
+        text = f"±{self.limit:.3g} {quantity(self.rollout.channels[self.channel])}"
+        left = width - 10 - int(draw.textlength(text, font=self.font))
         draw.text((left, self.foot), text, fill="black", font=self.font)
-        self.canvas.paste(Image.fromarray(bar), (left - 130, self.foot + 3))
+        canvas.paste(Image.fromarray(bar), (left - 130, self.foot + 3))
+        return canvas
 
     def __len__(self) -> int:
         return self.rollout.n_steps + 1

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from fastcore.basics import patch
 from jaxtyping import Array, Float, Int
 
 # %% ../nbs/07a_metrics.ipynb #3b587729
@@ -263,36 +264,50 @@ class FourierTokenizer(eqx.Module):
             empty.at[..., self.places].set(numbers).reshape(*tokens.shape[:-1], *self.field_shape)
         )
 
-    @property
-    def hash(self) -> str:
-        return f"fourier-{len(self.places)}x{self.levels}"
+# %% ../nbs/07a_metrics.ipynb #e03b2d42
+@patch(as_prop=True)
+def hash(self: FourierTokenizer) -> str:
+    "A name that tells such tokenizers apart."
+    return f"fourier-{len(self.places)}x{self.levels}"
 
-    @property
-    def scale_vocab_sizes(self) -> tuple[int, ...]:
-        return (self.levels,) * len(self.scales)
 
-    @property
-    def scale_offsets(self) -> tuple[int, ...]:
-        return tuple(range(0, self.vocab_size, self.levels))
+@patch(as_prop=True)
+def scale_vocab_sizes(self: FourierTokenizer) -> tuple[int, ...]:
+    "Levels, for each scale."
+    return (self.levels,) * len(self.scales)
 
-    @property
-    def scale_slices(self) -> tuple[slice, ...]:
-        ends = np.cumsum([0] + [rows * cols for rows, cols in self.grids]).tolist()
-        return tuple(slice(a, b) for a, b in zip(ends[:-1], ends[1:]))
 
-    @property
-    def deterministic(self) -> tuple[bool, ...]:
-        return (False,) * len(self.scales)
+@patch(as_prop=True)
+def vocab_size(self: FourierTokenizer) -> int:
+    "Size of the unified vocabulary."
+    return self.levels * len(self.scales)
 
-    @property
-    def vocab_size(self) -> int:
-        return self.levels * len(self.scales)
 
-    @property
-    def bits_per_frame(self) -> float:
-        return len(self.places) * math.log2(self.levels)
+@patch(as_prop=True)
+def scale_offsets(self: FourierTokenizer) -> tuple[int, ...]:
+    "The first token of each scale."
+    return tuple(range(0, self.vocab_size, self.levels))
 
-# %% ../nbs/07a_metrics.ipynb #0a34699e
+
+@patch(as_prop=True)
+def scale_slices(self: FourierTokenizer) -> tuple[slice, ...]:
+    "Where each scale stands in a token row."
+    ends = np.cumsum([0] + [rows * cols for rows, cols in self.grids]).tolist()
+    return tuple(slice(a, b) for a, b in zip(ends[:-1], ends[1:]))
+
+
+@patch(as_prop=True)
+def deterministic(self: FourierTokenizer) -> tuple[bool, ...]:
+    "Which scales use a single code: none."
+    return (False,) * len(self.scales)
+
+
+@patch(as_prop=True)
+def bits_per_frame(self: FourierTokenizer) -> float:
+    "Bits of a frame's tokens."
+    return len(self.places) * math.log2(self.levels)
+
+# %% ../nbs/07a_metrics.ipynb #38883dff
 def token_counts(
     tokens: Int[Numbers, "*b l"],  # unified tokens
     tokenizer: typing.Any,  # any tokenizer with `scale_slices`, `scale_offsets`, `scale_vocab_sizes`

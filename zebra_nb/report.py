@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'paragraph', 'code_block', 'number', 'table', 'data_uri', 'picture', 'video', 'side_by_side', 'Answer',
-           'worth_its_bits', 'worth_listening', 'answers', 'Section', 'part', 'write_report', 'summary_section',
-           'film_section', 'error_section', 'flow_section', 'token_section', 'settings', 'provenance_section',
-           'rollout_sections']
+           'worth_its_bits', 'worth_listening', 'questions_of', 'answers', 'Section', 'part', 'write_report',
+           'summary_section', 'film_section', 'error_section', 'flow_section', 'token_section', 'settings',
+           'provenance_section', 'rollout_sections']
 
 # %% ../nbs/08b_report.ipynb #1ae34fe5
 import base64
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import __version__
 from .core import write_atomically
-from .evaluation import LABELS, Rollout, lead_steps
+from .evaluation import LABELS, Rollout, beats_persistence, lead_steps
 from .figures import plot_errors, plot_rollout, plot_spectra, plot_tokens, plot_usage, quantity, save_video
 from .metrics import token_counts
 
@@ -121,20 +121,29 @@ def worth_its_bits(metrics: dict[str, typing.Any]) -> Answer:
     return Answer(question, c["beats_fourier"], because)
 
 
-def worth_listening(metrics: dict[str, typing.Any], step: int = 5) -> Answer:
-    "Whether the forecast has a smaller error than persistence at `step`."
-    question, errors = f"Does the forecast beat persistence by step {step}?", metrics["relative_l2"]
+def worth_listening(metrics: dict[str, typing.Any], step: int = 5, rival: str = "persistence") -> Answer:
+    "Whether the forecast has a smaller error at `step` than `rival`: persistence, or repetition of the start frame's tokens."
+    question, errors = f"Does the forecast beat {rival} by step {step}?", metrics["relative_l2"]
     if metrics["known_steps"] < step:
         return Answer(question, None, f"The truth is known for {metrics['known_steps']} steps only.")
-    forecast, persistence, floor = (errors[n][step - 1] for n in ("forecast", "persistence", "round_trip"))
-    because = f"Relative L2 errors at step {step}: forecast {forecast:.3f}, persistence {persistence:.3f}, round trip {floor:.3f}. "
-    first, last = metrics["beats_persistence_from"], metrics["beats_persistence_until"]
+    forecast, still, floor = (errors[n][step - 1] for n in ("forecast", rival, "round_trip"))
+    because = (
+        f"Relative L2 errors at step {step}: forecast {forecast:.3f}, {rival} {still:.3f}, round trip {floor:.3f}. "
+    )
+    if rival == "repetition":
+        because += "Repetition is the round trip of the start frame: what a predictor that only copied its tokens would score. "
+    first, last = beats_persistence(dict(forecast=errors["forecast"], persistence=errors[rival]))
     because += (
         f"The forecast is the better one from step {first} to step {last}."
         if first
         else "It is the better one at no step."
     )
-    return Answer(question, forecast < persistence, because)
+    return Answer(question, forecast < still, because)
+
+
+def questions_of(metrics: dict[str, typing.Any]) -> list[Answer]:
+    "The questions that every report answers: are the bits well spent, is the forecast better than persistence, is it more than a copy?"
+    return [worth_its_bits(metrics), worth_listening(metrics), worth_listening(metrics, rival="repetition")]
 
 
 def answers(items: Sequence[Answer]) -> str:
@@ -240,7 +249,7 @@ def write_report(
 # %% ../nbs/08b_report.ipynb #e8513dd1
 def summary_section(metrics: dict[str, typing.Any], questions: Sequence[Answer] | None = None) -> Section:
     "The answers, and the errors at a few steps."
-    questions = [worth_its_bits(metrics), worth_listening(metrics)] if questions is None else questions
+    questions = questions_of(metrics) if questions is None else questions
     steps = lead_steps(metrics["known_steps"])
     tables = [
         table(
@@ -256,7 +265,7 @@ def summary_section(metrics: dict[str, typing.Any], questions: Sequence[Answer] 
     note = [paragraph(metrics["note"])] if metrics["note"] else []
     return Section("In short", [answers(questions), *note, *tables])
 
-
+# %% ../nbs/08b_report.ipynb #3168f24c
 def film_section(rollout: Rollout, film: Path | None = None, sample: int = 0) -> Section:
     "The video and a grid of frames of one start frame, each channel by itself."
     grids = [
@@ -274,14 +283,14 @@ def film_section(rollout: Rollout, film: Path | None = None, sample: int = 0) ->
 def error_section(metrics: dict[str, typing.Any]) -> Section:
     "Errors against lead time."
     draw = lambda key, label: plot_errors(metrics[key], dt=metrics["dt"], label=label)
-    text = "The forecast starts from the round trip's error, which it cannot be expected to beat, and is of use while it stays below persistence."
+    text = "The forecast starts from the round trip's error, which it cannot be expected to beat, and is of use while it stays below persistence; it is more than a copy of the start frame while it stays below repetition."
     pictures = [
         picture(draw("relative_l2", "relative L2 error"), "Relative L2 error against lead time", kind="svg"),
         picture(draw("ssim", "structural similarity"), "Structural similarity against lead time", kind="svg"),
     ]
     return Section("Error against lead time", [paragraph(text), side_by_side(*pictures)])
 
-
+# %% ../nbs/08b_report.ipynb #327968d8
 def flow_section(metrics: dict[str, typing.Any]) -> Section:
     "Spectra and one-point statistics of each channel."
     parts = [
@@ -310,7 +319,7 @@ def flow_section(metrics: dict[str, typing.Any]) -> Section:
         parts.append(table(header, rows, caption))
     return Section("Spectra and values", parts)
 
-
+# %% ../nbs/08b_report.ipynb #dc48fe0e
 def token_section(rollout: Rollout, metrics: dict[str, typing.Any], tokenizer: typing.Any) -> Section:
     "Token histograms, usage and distances per scale, and what the tokens cost."
     known = rollout.tokens[:, 1:]
@@ -352,7 +361,7 @@ def token_section(rollout: Rollout, metrics: dict[str, typing.Any], tokenizer: t
     ]
     return Section("Tokens", [cost, *pictures, table(header, rows, caption)])
 
-# %% ../nbs/08b_report.ipynb #2e16580a
+# %% ../nbs/08b_report.ipynb #5493736a
 def settings(configuration: dict[str, typing.Any], prefix: str = "") -> list[list[str]]:
     "Rows of a table: nested names joined by dots, and their values."
     rows = []
@@ -367,14 +376,14 @@ def provenance_section(command: str = "", configuration: dict[str, typing.Any] |
     parts = [code_block(command)] if command else []
     return Section("How it was made", [*parts, *([table(["setting", "value"], rows)] if rows else [])])
 
-
+# %% ../nbs/08b_report.ipynb #7d9f0111
 def rollout_sections(
     rollout: Rollout,
     metrics: dict[str, typing.Any],  # from `evaluate`
     tokenizer: typing.Any,
     *,
     film: Path | None = None,  # from `save_video`
-    questions: Sequence[Answer] | None = None,  # the two about bits and persistence when None
+    questions: Sequence[Answer] | None = None,  # those of `questions_of` when None
     histories: dict[str, typing.Any] | None = None,  # training histories by name, drawn by their `plot`
     command: str = "",
     configuration: dict[str, typing.Any] | None = None,

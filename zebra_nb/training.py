@@ -8,6 +8,7 @@ __all__ = ['Aux', 'TrainConfig', 'schedule', 'optimizer', 'TrainState', 'gradien
 
 # %% ../nbs/03_training.ipynb #8608dea1
 import dataclasses
+import functools
 import json
 import time
 import typing
@@ -95,6 +96,11 @@ class TrainState(eqx.Module):
         return cls(model, optimizer(config).init(eqx.filter(model, trainable(model))), jnp.zeros((), jnp.int32))
 
 # %% ../nbs/03_training.ipynb #ee96bd26
+def _add(a: Any, b: Any) -> Any:
+    "The sum of two pytrees of statistics, leaf by leaf; a module in them knows itself how to add."
+    return jax.tree.map(lambda x, y: x + y, a, b, is_leaf=lambda x: isinstance(x, eqx.Module))
+
+
 def gradients(
     loss: typing.Callable,  # (model, batch, *, key) → (scalar, Aux)
     model: AbstractModel,
@@ -112,7 +118,7 @@ def gradients(
     mean = lambda trees: jax.tree.map(lambda *x: sum(x) / accumulate, *trees)
     values, grads = mean([v for (v, _), _ in out]), mean([g for _, g in out])
     metrics, statistics = mean([a.metrics for (_, a), _ in out]), [a.statistics for (_, a), _ in out]
-    return values, Aux(metrics, sum(statistics[1:], statistics[0])), grads
+    return values, Aux(metrics, functools.reduce(_add, statistics)), grads
 
 # %% ../nbs/03_training.ipynb #c25fc3e1
 def make_step(

@@ -135,10 +135,9 @@ class RolloutViewer(AbstractViewer):
 
     def _move(self, frame: int, sample: int):
         "Goes to a frame of a sample, and takes the widgets along."
-        if not 0 <= frame < len(self):
-            raise InputError(f"frame {frame} is not there: this rollout has frames 0 to {len(self) - 1}")
-        if not 0 <= sample < len(self.painters):
-            raise InputError(f"sample {sample} is not there: this rollout has samples 0 to {len(self.painters) - 1}")
+        for name, i, n in (("frame", frame, len(self)), ("sample", sample, len(self.painters))):
+            if not 0 <= i < n:
+                raise InputError(f"{name} {i} is not there: this rollout has {name}s 0 to {n - 1}")
         moved = (sample, frame) != self.position
         self._sample, self._frame = sample, frame
         if moved:
