@@ -19,7 +19,7 @@ from pathlib import Path
 from . import __version__
 from .core import write_atomically
 from .evaluation import LABELS, Rollout, beats_persistence, lead_steps
-from .figures import plot_errors, plot_rollout, plot_spectra, plot_tokens, plot_usage, quantity, save_video
+from .figures import plot_errors, plot_rollout, plot_spectra, plot_tokens, plot_usage, quantity
 from .metrics import token_counts
 
 # %% ../nbs/08b_report.ipynb #3578999c

@@ -18,8 +18,8 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 
-from .core import InputError, Normalizer, content_hash, load, progress, save, write_atomically
-from .vqvae import AbstractVQVAE2d, VARVQVAE2d, VQVAE2d, VQVAEConfig
+from .core import InputError, content_hash, load, progress, save, write_atomically
+from .vqvae import AbstractVQVAE2d
 
 # %% ../nbs/06_tokenizer.ipynb #7bd74b77
 class Vocabulary(typing.NamedTuple):
