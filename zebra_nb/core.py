@@ -148,11 +148,11 @@ class AbstractModel(eqx.Module):
 
     config: eqx.AbstractVar[AbstractConfig]
     config_class: ClassVar[type] = AbstractConfig
-    registry: ClassVar[dict[str, type]] = {}
+    registry: ClassVar[dict[str, type]] = {}  # by module and name
 
     def __init_subclass__(cls, **kw):
         super().__init_subclass__(**kw)
-        AbstractModel.registry[cls.__name__] = cls
+        AbstractModel.registry[f"{cls.__module__}.{cls.__name__}"] = cls
 
     @classmethod
     def from_config(cls, config: AbstractConfig):
@@ -251,15 +251,16 @@ def read_header(
 # %% ../nbs/00_core.ipynb #7f8849a0
 def _skeleton(path: Path, header: dict):
     "The model of the header with shapes in place of arrays."
-    name, module = header["model"], header.get("module", "")
-    if name not in AbstractModel.registry and re.fullmatch(r"zebra_nb\.\w+", module):
+    registry, name, module = AbstractModel.registry, header["model"], header["module"]
+    if re.fullmatch(r"zebra_nb\.\w+", module):
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
-    if name not in AbstractModel.registry:
+    namesakes = [cls for known, cls in registry.items() if known.endswith(f".{name}")]
+    cls = registry.get(f"{module}.{name}", namesakes[-1] if namesakes else None)
+    if cls is None:
         raise InputError(
             f"'{path}' holds a {name}, which this zebra_nb does not know: import the module that defines it first"
         )
-    cls = AbstractModel.registry[name]
     return eqx.filter_eval_shape(cls.from_config, cls.config_class.from_dict(header["config"]))
 
 
