@@ -281,6 +281,8 @@ def demo(
     size: DemoConfig = DemoConfig(),
 ) -> dict[str, Any]:
     "Fields → tokenizer → tokens → predictor → rollout → `report.html`, all in `out`; returns the metrics."
+    from zebra_nb.evaluation import write_metrics
+
     out, watch, own = Path(out), Stopwatch(), data_dir is not None
     if own:
         split_fields(data_dir)  # complain before anything is written
@@ -328,8 +330,7 @@ def demo(
     )  # fmt: skip
     watch.lap("roll out and report")
     metrics["seconds"], metrics["peak_gigabytes"] = watch.seconds, round(watch.peak_gigabytes, 2)
-    with write_atomically(out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    write_metrics(out / "metrics.json", metrics)
     return metrics
 
 
