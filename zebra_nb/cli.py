@@ -7,7 +7,7 @@ __all__ = ['Integers', 'COMMANDS', 'TOKENIZER_COMMANDS', 'parse_integers', 'simu
            'tokenizer_save', 'train_nsp', 'eval_nsp', 'parse_temperature', 'demo', 'lab', 'tokenizer', 'build',
            'dispatch', 'main']
 
-# %% ../nbs/11_cli.ipynb #b8499789
+# %% ../nbs/11_cli.ipynb #ecb04f74
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +16,7 @@ import tyro
 
 from .core import InputError
 
-# %% ../nbs/11_cli.ipynb #fbca062a
+# %% ../nbs/11_cli.ipynb #a60ee9de
 def parse_integers(text: str) -> tuple[int, ...]:
     "`1,2,4` as a tuple; raises `ValueError` for anything else."
     return tuple(int(part) for part in text.split(","))
@@ -28,7 +28,7 @@ _list = tyro.constructors.PrimitiveConstructorSpec(
 )  # fmt: skip
 Integers = Annotated[tuple[int, ...], _list]
 
-# %% ../nbs/11_cli.ipynb #4fe760c9
+# %% ../nbs/11_cli.ipynb #7eb2f08b
 def simulate(
     output: Path,  # the HDF5 file to write
     system: Literal["forced", "decaying", "waves"] = "forced",  # forced or decaying turbulence, or the wave equation
@@ -49,7 +49,7 @@ def simulate(
     s.simulate(made, n_frames, key=jax.random.key(seed), spin_up=spin_up, path=output)
     print(f"wrote {output}")
 
-# %% ../nbs/11_cli.ipynb #96124fa8
+# %% ../nbs/11_cli.ipynb #24ed1381
 def train_vqvae(
     data_dir: Path,  # a folder of numbered .mat files, or an HDF5 file
     out: Path = Path("runs/vqvae"),  # folder of the run
@@ -65,8 +65,14 @@ def train_vqvae(
     channel_mult: Integers = (1, 2, 4, 4),  # width of each stage; one halving each
     num_res_blocks: int = 2,  # per stage
     padding: Literal["circular", "zeros"] = "circular",  # periodic box, or walls
-    reconstruction: Literal["mse", "relative_l2"] = "mse",  # error to minimise
-    perceptual_weight: float = 0.0,  # of the error in gradients
+    stem: int = 1,  # factor by which fields are shrunk before the first stage
+    quantizer: Literal["ema", "cosine", "simvq", "fsq"] = "ema",  # kind of codebook
+    shared_codebook: bool = False,  # one codebook for all scales
+    gradient: Literal["straight_through", "rotation"] = "straight_through",  # through the choice of a code
+    reconstruction: Literal["relative_l2", "mse"] = "relative_l2",  # error to minimise
+    perceptual_weight: float = 0.0,  # of the error in gradients (Sobolev, H¹)
+    spectrum_weight: float = 0.0,  # of the error in the logarithm of the spectrum
+    entropy_weight: float = 0.0,  # of the term for certain choices and even use
     epochs: float = 50.0,  # passes over the training frames
     max_steps: int | None = None,  # instead of epochs
     batch_size: int = 16,  # fields per step
@@ -74,26 +80,35 @@ def train_vqvae(
     optimizer: Literal["adamw", "lion", "adafactor"] = "adamw",
     accumulate: int = 1,  # micro-batches per step
     seed: int = 0,  # of weights and batches
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",  # of the network; auto is bfloat16 on a GPU or TPU
+    checkpoint_activations: bool = False,  # recompute activations to save memory
     resume: bool = False,  # go on with the run in --out
 ) -> None:
     "Train a VQ-VAE on fields."
     from zebra_nb import pipeline
+    from zebra_nb.quantizer import QuantizerConfig
     from zebra_nb.training import TrainConfig
-    from zebra_nb.vqvae import VQVAEConfig
+    from zebra_nb.vqvae import LossWeights, VQVAEConfig
 
     data = pipeline.split_fields(data_dir, field)
     channels, *size = data.train.field_shape
     vocab = vocab_size[0] if len(vocab_size) == 1 else vocab_size
     if not var_mode:
-        scales, vocab = (max(size) // 2 ** len(channel_mult),), max(vocab_size)
+        scales, vocab = (max(size) // (stem * 2 ** len(channel_mult)),), max(vocab_size)
     config = VQVAEConfig(
-        channels=channels, field_size=tuple(size), base_channels=base_channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
-        hidden_dim=hidden_dim, codebook_dim=codebook_dim, vocab_size=vocab, scales=scales, padding=padding, decay=decay,
-        commitment_weight=commitment_weight, reconstruction=reconstruction, perceptual_weight=perceptual_weight,
+        channels=channels, field_size=tuple(size), stem=stem, base_channels=base_channels, channel_mult=channel_mult,
+        num_res_blocks=num_res_blocks, hidden_dim=hidden_dim, padding=padding, checkpoint=checkpoint_activations,
+        quantizer=QuantizerConfig(
+            kind=quantizer, dim=codebook_dim, vocab_size=vocab, scales=scales, shared=shared_codebook, decay=decay, gradient=gradient,
+        ),
+        loss=LossWeights(
+            relative_l2=float(reconstruction == "relative_l2"), mse=float(reconstruction == "mse"), sobolev=perceptual_weight,
+            spectrum=spectrum_weight, commitment=commitment_weight, entropy=entropy_weight,
+        ),
     )  # fmt: skip
     how = TrainConfig(
-        max_steps=max_steps or 1, batch_size=batch_size, lr=lr, optimizer=optimizer, accumulate=accumulate, seed=seed
-    )
+        max_steps=max_steps or 1, batch_size=batch_size, lr=lr, optimizer=optimizer, accumulate=accumulate, seed=seed, precision=precision
+    )  # fmt: skip
     _, history = pipeline.train_vqvae(
         data, config, how, out=out, multi_scale=var_mode, epochs=None if max_steps else epochs, resume=resume
     )
@@ -101,7 +116,7 @@ def train_vqvae(
         f"wrote {out / 'model.safetensors'}: relative L2 error {history[-1].get('valid_rel_l2', float('nan')):.3f} on held-out fields"
     )
 
-# %% ../nbs/11_cli.ipynb #7fb64a34
+# %% ../nbs/11_cli.ipynb #7dcd295f
 def tokenizer_info(
     checkpoint: Path,  # a VQ-VAE's run folder or model file, or a saved tokenizer
 ) -> None:
@@ -125,7 +140,7 @@ def tokenizer_save(
     tokenizer = pipeline.save_tokens(pipeline.split_fields(data_dir, field), checkpoint, out=output)
     print(tokenizer._repr_markdown_() + f"\n\nwrote {output}")
 
-# %% ../nbs/11_cli.ipynb #6844f0c3
+# %% ../nbs/11_cli.ipynb #23f42d84
 def train_nsp(
     tokens_path: Path,  # the folder that `tokenizer save` wrote
     vqvae_checkpoint: Path,  # the VQ-VAE that made the tokens
@@ -194,7 +209,7 @@ def parse_temperature(text: str) -> float | str:
     except ValueError as e:
         raise InputError(f"temperature is {text!r}: give a positive number, or 'greedy' for the likeliest token") from e
 
-# %% ../nbs/11_cli.ipynb #e1abb204
+# %% ../nbs/11_cli.ipynb #403b88bf
 def demo(
     out: Path = Path("demo"),  # folder for everything that the demo makes
     data_dir: Path | None = None,  # fields of your own; simulated when not given
@@ -221,7 +236,7 @@ def lab(
         raise InputError(f"there is no folder '{folder}' to open")
     raise SystemExit(subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)]))
 
-# %% ../nbs/11_cli.ipynb #c709c991
+# %% ../nbs/11_cli.ipynb #1ccbd15a
 COMMANDS = {
     "demo": demo, "simulate": simulate, "train-vqvae": train_vqvae, "train-nsp": train_nsp, "eval-nsp": eval_nsp, "lab": lab,
 }  # fmt: skip

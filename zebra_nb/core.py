@@ -7,7 +7,7 @@ __all__ = ['AXES', 'FORMAT_VERSION', 'InputError', 'progress', 'write_atomically
            'is_buffer', 'trainable', 'Normalizer', 'count_parameters', 'AbstractModel', 'named_leaves', 'content_hash',
            'save', 'read_header', 'load', 'field_limit', 'plot_field', 'plot_fields']
 
-# %% ../nbs/00_core.ipynb #1aea03dc
+# %% ../nbs/00_core.ipynb #c757b63b
 import contextlib
 import dataclasses
 import hashlib
@@ -26,17 +26,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-# %% ../nbs/00_core.ipynb #bf9465f5
+# %% ../nbs/00_core.ipynb #cf091109
 AXES = dict(
     b="batch", t="frame (time)", c="channel", h="rows, the first direction of the box", w="columns, the second direction",
     d="width of a code vector", k="codes in a codebook", s="scale", n="tokens of one scale", l="tokens of all scales",
 )  # fmt: skip
 
-# %% ../nbs/00_core.ipynb #cc48cd08
+# %% ../nbs/00_core.ipynb #f4c3ffc0
 class InputError(ValueError):
     "What the user passed cannot be used; the message is one sentence that says why and what to do."
 
-# %% ../nbs/00_core.ipynb #1a489513
+# %% ../nbs/00_core.ipynb #86dcc5f2
 def progress(
     iterable=None,  # what to walk through
     *,
@@ -51,7 +51,7 @@ def progress(
         iterable, total=total, desc=desc, file=sys.stderr, ncols=120, mininterval=0.5, dynamic_ncols=False, **kw
     )
 
-# %% ../nbs/00_core.ipynb #3bb4368c
+# %% ../nbs/00_core.ipynb #793db034
 @contextlib.contextmanager
 def write_atomically(
     path: str | Path,  # the final name
@@ -66,7 +66,7 @@ def write_atomically(
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #86767f71
+# %% ../nbs/00_core.ipynb #6b140a84
 def reference_data(
     name: str = "",  # a file inside the reference folder
 ) -> Path | None:
@@ -75,7 +75,7 @@ def reference_data(
     places += [p / "shared/data/py2d" for p in (Path.cwd(), *Path.cwd().parents)]
     return next((p / name for p in places if (p / name).exists()), None)
 
-# %% ../nbs/00_core.ipynb #7e32d67c
+# %% ../nbs/00_core.ipynb #a428172b
 def _retuple(value):
     "JSON has lists where configurations have tuples."
     return tuple(map(_retuple, value)) if isinstance(value, list) else value
@@ -96,13 +96,19 @@ class AbstractConfig:
             raise InputError(
                 f"{cls.__name__} has no field {', '.join(unknown)}: it was written by another version of zebra_nb"
             )
-        return cls(**{k: _retuple(v) for k, v in fields.items()})
+        parts = {
+            k: t for k, t in typing.get_type_hints(cls).items() if isinstance(t, type) and issubclass(t, AbstractConfig)
+        }
+        return cls(**{k: parts[k].from_dict(v) if k in parts else _retuple(v) for k, v in fields.items()})
 
     def _repr_markdown_(self) -> str:
-        rows = "\n".join(f"| `{k}` | {v} |" for k, v in self.to_dict().items())
+        fields = self.to_dict()
+        flat = {k: v for k, v in fields.items() if not isinstance(v, dict)}
+        flat |= {f"{k}.{name}": v for k, part in fields.items() if isinstance(part, dict) for name, v in part.items()}
+        rows = "\n".join(f"| `{k}` | {v} |" for k, v in flat.items())
         return f"**{type(self).__name__}**\n\n| field | value |\n|---|---|\n{rows}"
 
-# %% ../nbs/00_core.ipynb #74cbd5fd
+# %% ../nbs/00_core.ipynb #1e7bff33
 class Buffer(eqx.Module):
     "Base of modules whose arrays are state: saved with the model, never touched by the optimiser."
 
@@ -118,7 +124,7 @@ def trainable(
     "A pytree like `model` with True at its floating-point parameters and False elsewhere: a filter for `eqx.partition`."
     return jax.tree.map(lambda x: False if is_buffer(x) else eqx.is_inexact_array(x), model, is_leaf=is_buffer)
 
-# %% ../nbs/00_core.ipynb #e062e4fa
+# %% ../nbs/00_core.ipynb #c1670e32
 class Normalizer(Buffer):
     "Per-channel mean and standard deviation of the training fields, in physical units."
 
@@ -136,7 +142,7 @@ class Normalizer(Buffer):
         "The inverse of `normalize`: back to physical units."
         return x * self.std[:, None, None] + self.mean[:, None, None]
 
-# %% ../nbs/00_core.ipynb #f24e9ad0
+# %% ../nbs/00_core.ipynb #ef34d340
 def count_parameters(model: eqx.Module) -> int:
     "Number of trainable scalars in `model`."
     return sum(x.size for x in jax.tree.leaves(eqx.filter(model, trainable(model))))
@@ -154,6 +160,11 @@ class AbstractModel(eqx.Module):
         super().__init_subclass__(**kw)
         AbstractModel.registry[f"{cls.__module__}.{cls.__name__}"] = cls
 
+    def half(self):
+        "The copy that computes in mixed precision: parameters in bfloat16, state as it is."
+        params, rest = eqx.partition(self, trainable(self))
+        return eqx.combine(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), rest)
+
     @classmethod
     def from_config(cls, config: AbstractConfig):
         "A model of this architecture with arbitrary arrays."
@@ -162,7 +173,7 @@ class AbstractModel(eqx.Module):
     def _repr_markdown_(self) -> str:
         return f"**{type(self).__name__}**, {count_parameters(self):,} parameters\n\n{self.config._repr_markdown_()}"
 
-# %% ../nbs/00_core.ipynb #5bc819a3
+# %% ../nbs/00_core.ipynb #ef038ede
 def _path_name(path) -> str:
     "`encoder.stages.0.conv.weight` for a path of JAX keys."
     return ".".join(str(getattr(p, "name", getattr(p, "idx", getattr(p, "key", p)))) for p in path)
@@ -173,7 +184,7 @@ def named_leaves(model: eqx.Module) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(model)
     return {_path_name(path): leaf for path, leaf in leaves if hasattr(leaf, "shape")}
 
-# %% ../nbs/00_core.ipynb #3bc3b6ca
+# %% ../nbs/00_core.ipynb #b5369cbd
 def content_hash(
     model: AbstractModel,  # any model
 ) -> str:
@@ -185,7 +196,7 @@ def content_hash(
         digest.update(leaf.tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/00_core.ipynb #b726fb4f
+# %% ../nbs/00_core.ipynb #5d75e0ab
 FORMAT_VERSION = 1
 
 
@@ -217,7 +228,7 @@ def save(
             save_file({k: np.asarray(v, order="C") for k, v in leaves.items()}, temporary, metadata=metadata)
     return path
 
-# %% ../nbs/00_core.ipynb #d2ffcca4
+# %% ../nbs/00_core.ipynb #edce6941
 def read_header(
     path: str | Path,  # a model file
 ) -> dict[str, Any]:
@@ -248,7 +259,7 @@ def read_header(
         )
     return header
 
-# %% ../nbs/00_core.ipynb #7f8849a0
+# %% ../nbs/00_core.ipynb #aa8ed823
 def _skeleton(path: Path, header: dict):
     "The model of the header with shapes in place of arrays."
     registry, name, module = AbstractModel.registry, header["model"], header["module"]
@@ -276,7 +287,7 @@ def _check_names(path: Path, found: dict[str, tuple], expected: dict[str, tuple]
         if found[name] != want:
             raise InputError(f"array '{name}' in '{path}' is {found[name]}, its configuration needs {want}")
 
-# %% ../nbs/00_core.ipynb #5d040ff2
+# %% ../nbs/00_core.ipynb #0695a4d5
 def load(
     path: str | Path,  # a .safetensors or .eqx file
     *,
@@ -304,7 +315,7 @@ def load(
     fill = lambda path, x: jnp.asarray(tensors[_path_name(path)]) if hasattr(x, "shape") else x
     return jax.tree_util.tree_map_with_path(fill, skeleton)
 
-# %% ../nbs/00_core.ipynb #edbd7fe6
+# %% ../nbs/00_core.ipynb #af125bc7
 def field_limit(*fields: np.ndarray) -> float:
     "A common symmetric colour limit: the 99.5th percentile of the absolute values, so that one extreme cell does not wash out the rest."
     values = np.concatenate([np.abs(np.asarray(f, np.float64)).ravel() for f in fields])
@@ -332,7 +343,7 @@ def plot_field(
         ax.figure.colorbar(image, ax=ax, label=label, shrink=0.9)
     return ax
 
-# %% ../nbs/00_core.ipynb #7bb66e04
+# %% ../nbs/00_core.ipynb #fce56c6d
 def plot_fields(
     fields,  # arrays (h, w)
     *,

@@ -6,8 +6,9 @@
 __all__ = ['NSPConfig', 'position_features', 'FrozenCodes', 'neighbourhood', 'TokenEmbedding', 'scale_numbers', 'block_causal',
            'LayerNorm', 'Block', 'NextScalePredictor', 'nsp_loss', 'check_sampling', 'sample', 'check_context']
 
-# %% ../nbs/07_nsp.ipynb #9ecbf8dd
+# %% ../nbs/07_nsp.ipynb #413883f4
 import dataclasses
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -20,7 +21,7 @@ from .core import AbstractConfig, AbstractModel, Buffer, InputError
 from .quantizer import enlarge, scale_grids, shrink
 from .training import Aux
 
-# %% ../nbs/07_nsp.ipynb #50eccc5f
+# %% ../nbs/07_nsp.ipynb #155fbb64
 @dataclasses.dataclass(frozen=True)
 class NSPConfig(AbstractConfig):
     "The architecture of a next-scale predictor; see the fields."
@@ -66,7 +67,7 @@ class NSPConfig(AbstractConfig):
         "Numbers of the scales that are predicted."
         return tuple(i for i, v in enumerate(self.scale_vocab_sizes) if v > 1)
 
-# %% ../nbs/07_nsp.ipynb #38a843d5
+# %% ../nbs/07_nsp.ipynb #c527da4b
 def position_features(grids: tuple[tuple[int, int], ...]) -> np.ndarray:
     "Rows of cos and sin of whole-number multiples of each cell centre's two angles, for the cells of all scales: (l, features)."
     rows = []
@@ -80,7 +81,7 @@ def position_features(grids: tuple[tuple[int, int], ...]) -> np.ndarray:
         rows.append(np.stack([f(a) for a in angles for f in (np.cos, np.sin)], axis=1))
     return np.concatenate(rows).astype(np.float32)
 
-# %% ../nbs/07_nsp.ipynb #82e89bcf
+# %% ../nbs/07_nsp.ipynb #72e0ad7e
 class FrozenCodes(Buffer):
     "The tokenizer's code vectors over the unified vocabulary, scaled to unit variance."
 
@@ -92,14 +93,14 @@ class FrozenCodes(Buffer):
     def __call__(self, tokens: Int[Array, "*n"]) -> Float[Array, "*n d"]:
         return self.vectors[tokens]
 
-# %% ../nbs/07_nsp.ipynb #60cbcae2
+# %% ../nbs/07_nsp.ipynb #0e498461
 def neighbourhood(cells: Float[Array, "n d"], grid: tuple[int, int]) -> Float[Array, "n nine_d"]:
     "Each cell's vector with those of the eight around it, on the torus."
     image = cells.reshape(*grid, -1)
     shifted = [jnp.roll(image, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     return jnp.concatenate(shifted, axis=-1).reshape(len(cells), -1)
 
-# %% ../nbs/07_nsp.ipynb #4fcdf219
+# %% ../nbs/07_nsp.ipynb #91c14351
 def _dense(key, n_in: int, n_out: int, gain: float = 1.0) -> Float[Array, "i o"]:
     return gain * jax.random.normal(key, (n_in, n_out)) / n_in**0.5
 
@@ -154,7 +155,7 @@ class TokenEmbedding(eqx.Module):
         seen = [neighbourhood(shrink(image, grid), grid) for image in (now, now - coarse, change)]
         return x + jnp.concatenate(seen, axis=1) @ self.carry
 
-# %% ../nbs/07_nsp.ipynb #64dd5e52
+# %% ../nbs/07_nsp.ipynb #6542f326
 def scale_numbers(config: NSPConfig, numbers) -> np.ndarray:
     "The scale number of each cell of the scales with these numbers."
     widths = [config.slices[i].stop - config.slices[i].start for i in numbers]
@@ -168,7 +169,7 @@ def block_causal(config: NSPConfig) -> Bool[np.ndarray, "q k"]:
     context = np.ones((len(rows), config.slices[-1].stop), bool)
     return np.concatenate([context, content[None, :] < rows[:, None]], axis=1)
 
-# %% ../nbs/07_nsp.ipynb #3ac77a9d
+# %% ../nbs/07_nsp.ipynb #5f8067a1
 class LayerNorm(eqx.Module):
     "Normalisation over the last axis."
 
@@ -216,7 +217,7 @@ class Block(eqx.Module):
         x = x + seen.reshape(len(x), -1) @ self.out
         return x + jax.nn.gelu(self.norms[1](x) @ self.up) @ self.down
 
-# %% ../nbs/07_nsp.ipynb #e9385ebf
+# %% ../nbs/07_nsp.ipynb #cf7eb4e8
 class NextScalePredictor(AbstractModel):
     "Logits of the next frame's tokens, scale by scale, given the present frame and the coarser scales."
 
@@ -246,6 +247,25 @@ class NextScalePredictor(AbstractModel):
     def from_config(cls, config: NSPConfig):
         return cls(config, jnp.zeros((sum(config.scale_vocab_sizes), config.codebook_dim)), key=jax.random.key(0))
 
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> "NextScalePredictor":
+        "The predictor in a folder, or of a name that ships with the package, or of 'user/name' on the Hub; raises `InputError` if it is not whole."
+        from zebra_nb.hub import read_predictor
+
+        return read_predictor(name, revision=revision, cls=cls)
+
+    def save_pretrained(self, folder: str | Path, **about) -> Path:
+        "Writes the predictor, with its model card, into `folder`; `about` is that of `zebra_nb.hub.write_predictor`."
+        from zebra_nb.hub import write_predictor
+
+        return write_predictor(self, folder, **about)
+
+    def push_to_hub(self, name: str, **options) -> str:
+        "Uploads the predictor, with its model card, to the Hugging Face Hub; `options` are those of `zebra_nb.hub.push_to_hub`."
+        from zebra_nb.hub import push_to_hub
+
+        return push_to_hub(self, name, **options)
+
     def __call__(self, context: Int[Array, " l"], target: Int[Array, " l"]) -> tuple[Float[Array, "_ _"], ...]:
         "Logits of each predicted scale of `target`, every scale given the true coarser ones."
         cells, cut = np.arange(len(context)), self.config.slices[-1].start
@@ -264,7 +284,7 @@ class NextScalePredictor(AbstractModel):
         pieces = jnp.split(self.norm(y), np.cumsum(widths)[:-1])
         return tuple(piece @ head for piece, head in zip(pieces, self.heads))
 
-# %% ../nbs/07_nsp.ipynb #27795229
+# %% ../nbs/07_nsp.ipynb #fb518a19
 def nsp_loss(
     model: NextScalePredictor,
     batch: Int[Array, "b two l"],  # token rows of present and next frame
@@ -282,7 +302,7 @@ def nsp_loss(
     loss = total / (len(batch) * count)
     return loss, Aux({"bits": loss * count / np.log(2), "accuracy": right / (len(batch) * count)})
 
-# %% ../nbs/07_nsp.ipynb #7cf9de09
+# %% ../nbs/07_nsp.ipynb #cf3c28a7
 def check_sampling(temperature: float | int | str, top_k: int | None, top_p: float | None):
     "Raises `InputError` unless the sampling parameters make sense."
     if temperature != "greedy" and not (isinstance(temperature, int | float) and temperature > 0):
@@ -314,7 +334,7 @@ def sample(
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return jax.random.categorical(key, logits).astype(jnp.int32)
 
-# %% ../nbs/07_nsp.ipynb #01b5d551
+# %% ../nbs/07_nsp.ipynb #2d12ebc4
 @eqx.filter_jit
 def _generate(model: NextScalePredictor, context, key, temperature, top_k, top_p):
     "The tokens of the next frame, and each predicted scale's logits."

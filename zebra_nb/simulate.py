@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['velocity_spectrum', 'to_fine_grid', 'from_fine_grid', 'VorticityFlux', 'VorticityStepper', 'AbstractSystem',
-           'random_field', 'AbstractTurbulence', 'ForcedTurbulence', 'DecayingTurbulence', 'WaveEquation', 'march',
-           'lay_out', 'starting_state', 'simulate']
+           'random_field', 'AbstractTurbulence', 'ForcedTurbulence', 'DecayingTurbulence', 'DampedWaveStepper',
+           'WaveEquation', 'march', 'lay_out', 'starting_state', 'simulate']
 
-# %% ../nbs/01_simulate.ipynb #ec40fedb
+# %% ../nbs/01_simulate.ipynb #e6c19260
 import abc
 import contextlib
 import itertools
@@ -28,7 +28,7 @@ from jaxtyping import Array, Complex, Float, PRNGKeyArray
 from .core import AbstractConfig, InputError, write_atomically
 from .core import progress as progress_bar
 
-# %% ../nbs/01_simulate.ipynb #f32654b6
+# %% ../nbs/01_simulate.ipynb #c48fb8f2
 def velocity_spectrum(
     omega_hat: Complex[Array, "1 h m"],  # vorticity
     gradient: Complex[Array, "2 h m"],  # i times the wave vector
@@ -38,7 +38,7 @@ def velocity_spectrum(
     psi_hat = omega_hat[0] * jnp.where(laplacian == 0, 0.0, 1 / jnp.where(laplacian == 0, 1.0, laplacian))
     return jnp.stack([-gradient[1] * psi_hat, gradient[0] * psi_hat])
 
-# %% ../nbs/01_simulate.ipynb #2ab5606a
+# %% ../nbs/01_simulate.ipynb #e218884c
 def to_fine_grid(
     u_hat: Complex[Array, "c h m"],  # spectrum of a field on h points, h even
 ) -> Float[Array, "c fine fine"]:
@@ -49,7 +49,7 @@ def to_fine_grid(
     padded = jnp.concatenate([u_hat[:, :half, :half], gap, u_hat[:, half + 1 :, :half]], axis=1)
     return jnp.fft.irfft2(padded, s=(fine, fine)) * (fine / n) ** 2
 
-# %% ../nbs/01_simulate.ipynb #346e58bd
+# %% ../nbs/01_simulate.ipynb #bd46afcf
 def from_fine_grid(
     u: Float[Array, "c fine fine"],  # a field on 3n/2 points
     n: int,  # points of the coarse grid, even
@@ -61,7 +61,7 @@ def from_fine_grid(
     cut = jnp.concatenate([u_hat[:, :half, :half], gap, u_hat[:, 1 - half :, :half]], axis=1)
     return jnp.pad(cut, ((0, 0), (0, 0), (0, 1)))
 
-# %% ../nbs/01_simulate.ipynb #e14c59f5
+# %% ../nbs/01_simulate.ipynb #c27202cb
 class VorticityFlux(ex.nonlin_fun.BaseNonlinearFun):
     "The divergence of the vorticity flux, free of aliasing, plus a forcing that is constant in time."
 
@@ -80,7 +80,7 @@ class VorticityFlux(ex.nonlin_fun.BaseNonlinearFun):
         flux_hat = from_fine_grid(jnp.stack([u * omega, v * omega]), self.num_points)
         return self.forcing_hat - jnp.sum(self.gradient * flux_hat, axis=0, keepdims=True)
 
-# %% ../nbs/01_simulate.ipynb #e9207be9
+# %% ../nbs/01_simulate.ipynb #cf4a6a89
 class VorticityStepper(ex.BaseStepper):
     "One time step of the vorticity equation with drag, viscosity and a constant forcing field (ETDRK4)."
 
@@ -106,7 +106,7 @@ class VorticityStepper(ex.BaseStepper):
     def _build_nonlinear_fun(self, derivative_operator):
         return VorticityFlux(derivative_operator, self.forcing)
 
-# %% ../nbs/01_simulate.ipynb #f8f73346
+# %% ../nbs/01_simulate.ipynb #4cd4ca42
 @dataclass(frozen=True)
 class AbstractSystem(AbstractConfig, abc.ABC):
     "A partial differential equation on a periodic square, with its grid and how often to save a frame."
@@ -143,7 +143,7 @@ class AbstractSystem(AbstractConfig, abc.ABC):
         "An absolute value that no later state can exceed unless the solver is unstable."
         return float(np.finfo(np.float32).max)
 
-# %% ../nbs/01_simulate.ipynb #d016f165
+# %% ../nbs/01_simulate.ipynb #14532731
 @patch(as_prop=True)
 def substeps(self: AbstractSystem) -> int:
     "Solver steps in one saved frame."
@@ -161,13 +161,13 @@ def spin_up_frames(self: AbstractSystem) -> int:
     "Frames to discard before the statistics are those of the system and not of `initial`."
     return math.ceil(self.spin_up_time / self.dt_save - 1e-9)
 
-# %% ../nbs/01_simulate.ipynb #bf288db2
+# %% ../nbs/01_simulate.ipynb #70980562
 @patch
 def advance(self: AbstractSystem) -> Callable[[Float[Array, "c h w"]], Float[Array, "c h w"]]:
     "The jitted function from one frame to the next."
     return eqx.filter_jit(ex.RepeatedStepper(self.stepper(), self.substeps))
 
-# %% ../nbs/01_simulate.ipynb #14789cb7
+# %% ../nbs/01_simulate.ipynb #500c9156
 def random_field(
     num_points: int,  # in each direction
     band: tuple[int, int],  # smallest and largest wavenumber, in waves per box
@@ -182,7 +182,7 @@ def random_field(
     field = ex.ifft(ring, num_spatial_dims=2, num_points=num_points)
     return field * rms / jnp.sqrt(jnp.mean(field**2))
 
-# %% ../nbs/01_simulate.ipynb #58801893
+# %% ../nbs/01_simulate.ipynb #8858c23f
 @dataclass(frozen=True)
 class AbstractTurbulence(AbstractSystem):
     "The vorticity equation; subclasses say which forcing."
@@ -220,7 +220,7 @@ class AbstractTurbulence(AbstractSystem):
         settled = strength / self.drag if self.drag else (math.inf if strength else 0.0)
         return min(10 * max(float(jnp.max(jnp.abs(state))), settled), super().largest(state))
 
-# %% ../nbs/01_simulate.ipynb #53601ead
+# %% ../nbs/01_simulate.ipynb #dd00ee6e
 @dataclass(frozen=True)
 class ForcedTurbulence(AbstractTurbulence):
     "Statistically steady turbulence, stirred at one scale; the defaults are those of the Py2D reference runs."
@@ -236,7 +236,7 @@ class ForcedTurbulence(AbstractTurbulence):
         x, y = ex.make_grid(2, self.domain_extent, self.num_points)
         return -self.forcing_scale * k * (jnp.cos(k * x) + jnp.cos(k * y))[None]
 
-# %% ../nbs/01_simulate.ipynb #efcf8df4
+# %% ../nbs/01_simulate.ipynb #19241e6b
 @dataclass(frozen=True)
 class DecayingTurbulence(AbstractTurbulence):
     "Turbulence left to itself: random eddies that roll up and merge while enstrophy decays."
@@ -246,12 +246,33 @@ class DecayingTurbulence(AbstractTurbulence):
     def forcing(self) -> Float[Array, "1 h w"]:
         return jnp.zeros((1, self.num_points, self.num_points))
 
-# %% ../nbs/01_simulate.ipynb #e6664d13
+# %% ../nbs/01_simulate.ipynb #6aade2fd
+class DampedWaveStepper(ex.stepper.Wave):
+    "One exact time step of height and velocity."
+
+    propagator: Float[Array, "2 2 h m"]
+
+    def __init__(self, domain_extent: float, num_points: int, dt: float, *, speed: float = 1.0, damping: float = 0.0):
+        super().__init__(2, domain_extent, num_points, dt, speed_of_sound=speed)
+        k2 = np.sum(np.asarray(ex.spectral.build_scaled_wavenumbers(2, domain_extent, num_points), float) ** 2, axis=0)
+        omega2 = speed**2 * k2
+        turn = np.sqrt(omega2 - damping**2 / 4 + 0j)
+        c = np.cos(turn * dt).real
+        s = np.where(np.abs(turn) > 1e-9, np.sin(turn * dt) / np.where(turn == 0, 1, turn), dt).real
+        matrix = np.stack([np.stack([c + damping / 2 * s, s]), np.stack([-omega2 * s, c - damping / 2 * s])])
+        self.propagator = jnp.asarray(np.exp(-damping * dt / 2) * matrix, jnp.float32)
+
+    def step_fourier(self, u_hat: Complex[Array, "2 h m"]) -> Complex[Array, "2 h m"]:
+        "The Fourier coefficients one step later."
+        return jnp.einsum("ijhm,jhm->ihm", self.propagator, u_hat)
+
+# %% ../nbs/01_simulate.ipynb #0dafe92b
 @dataclass(frozen=True)
 class WaveEquation(AbstractSystem):
     "Waves of height h and velocity ∂h/∂t that all travel with the same speed; the solution is exact in time."
 
     speed: float = 1.0  # of the waves, length/time
+    damping: float = 0.0  # rate at which the velocity is damped, 1/time
     rms: float = 1.0  # root mean square height of `initial`
     band: tuple[int, int] = (1, 6)  # wavenumbers of `initial`
 
@@ -265,10 +286,11 @@ class WaveEquation(AbstractSystem):
         height = random_field(self.num_points, self.band, self.rms, key=key)
         return jnp.concatenate([height, jnp.zeros_like(height)])
 
-    def stepper(self) -> ex.stepper.Wave:
-        return ex.stepper.Wave(2, self.domain_extent, self.num_points, self.time_step, speed_of_sound=self.speed)
+    def stepper(self) -> DampedWaveStepper:
+        how = dict(speed=self.speed, damping=self.damping)
+        return DampedWaveStepper(self.domain_extent, self.num_points, self.time_step, **how)
 
-# %% ../nbs/01_simulate.ipynb #c9425f92
+# %% ../nbs/01_simulate.ipynb #a98c8544
 def march(
     system: AbstractSystem,
     state: Float[Array, "c h w"],  # where to start
@@ -286,7 +308,7 @@ def march(
         if i < n_frames - 1:
             state = advance(state)
 
-# %% ../nbs/01_simulate.ipynb #a77e06d0
+# %% ../nbs/01_simulate.ipynb #685a17dd
 def lay_out(
     file,  # an open `h5py.File`
     system: AbstractSystem,
@@ -306,7 +328,7 @@ def lay_out(
     file.create_group("metadata").attrs.update(parameters)
     return [file.create_dataset(f"fields/{c}", (n_frames, n, n), np.float32) for c in system.channels]
 
-# %% ../nbs/01_simulate.ipynb #9bc7ad15
+# %% ../nbs/01_simulate.ipynb #b14e4c5d
 def starting_state(
     system: AbstractSystem,
     key: PRNGKeyArray | None = None,  # `jax.random.key(0)` when None
@@ -321,7 +343,7 @@ def starting_state(
         raise InputError(f"the initial state has shape {initial.shape}, {type(system).__name__} needs {shape}{hint}")
     return jnp.asarray(initial, float)
 
-# %% ../nbs/01_simulate.ipynb #4a67beb1
+# %% ../nbs/01_simulate.ipynb #e4f6a031
 def simulate(
     system: AbstractSystem,
     n_frames: int,  # frames to keep, `dt_save` apart; the first is the state after the spin-up

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Aux', 'TrainConfig', 'schedule', 'optimizer', 'TrainState', 'gradients', 'make_step', 'Checkpoints', 'History',
-           'HistoryFile', 'make_validation', 'fit']
+           'HistoryFile', 'make_validation', 'check_finite', 'fit']
 
-# %% ../nbs/03_training.ipynb #8608dea1
+# %% ../nbs/03_training.ipynb #bb93c3af
 import dataclasses
 import functools
 import json
@@ -33,7 +33,7 @@ from zebra_nb.core import (
     write_atomically,
 )
 
-# %% ../nbs/03_training.ipynb #ff44bc3c
+# %% ../nbs/03_training.ipynb #17b891c1
 class Aux(typing.NamedTuple):
     "What a loss returns beside the scalar."
 
@@ -42,7 +42,7 @@ class Aux(typing.NamedTuple):
         None  # what the batch teaches the model's state: summed over micro-batches, then given to `model.absorb`
     )
 
-# %% ../nbs/03_training.ipynb #6c68ed9f
+# %% ../nbs/03_training.ipynb #d49e793d
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(AbstractConfig):
     "How to train; see the fields."
@@ -55,12 +55,22 @@ class TrainConfig(AbstractConfig):
     weight_decay: float = 1e-4  # on matrices and kernels, not on biases and scales
     clip_norm: float = 1.0  # of the global gradient
     accumulate: int = 1  # micro-batches per step
+    precision: str = "float32"  # of the computation: "float32", "bfloat16", or "auto": bfloat16 unless on a CPU
     validate_every: int = 500  # steps; also at the end
     checkpoint_every: int = 1000  # steps; also at the end
     log_every: int = 10  # steps
     seed: int = 0  # of batches and of randomness in the loss
 
-# %% ../nbs/03_training.ipynb #c2423e7d
+    def __post_init__(self):
+        if self.precision not in ("float32", "bfloat16", "auto"):
+            raise InputError(f"precision is 'float32', 'bfloat16' or 'auto', not {self.precision!r}")
+
+    @property
+    def half(self) -> bool:
+        "Whether to compute in bfloat16."
+        return self.precision == "bfloat16" or (self.precision == "auto" and jax.default_backend() != "cpu")
+
+# %% ../nbs/03_training.ipynb #7978bf51
 def schedule(config: TrainConfig) -> optax.Schedule:
     "Linear warm-up to `lr`, then half a cosine down to a hundredth of it at `max_steps`."
     warmup = max(1, min(config.warmup_steps, config.max_steps // 10))
@@ -82,7 +92,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
         raise InputError(f"unknown optimizer '{config.optimizer}': choose one of {', '.join(known)}")
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), known[config.optimizer]())
 
-# %% ../nbs/03_training.ipynb #efdcbba5
+# %% ../nbs/03_training.ipynb #f2ace51a
 class TrainState(eqx.Module):
     "All that a run needs to go on: model, optimiser state, steps done."
 
@@ -95,7 +105,7 @@ class TrainState(eqx.Module):
         "The state before the first step."
         return cls(model, optimizer(config).init(eqx.filter(model, trainable(model))), jnp.zeros((), jnp.int32))
 
-# %% ../nbs/03_training.ipynb #ee96bd26
+# %% ../nbs/03_training.ipynb #06ff4ad3
 def _add(a: Any, b: Any) -> Any:
     "The sum of two pytrees of statistics, leaf by leaf; a module in them knows itself how to add."
     return jax.tree.map(lambda x, y: x + y, a, b, is_leaf=lambda x: isinstance(x, eqx.Module))
@@ -107,11 +117,13 @@ def gradients(
     batch: Any,  # arrays with a leading batch axis
     *,
     accumulate: int = 1,  # micro-batches
+    half: bool = False,  # compute with `model.half()`; parameters and gradient stay in float32
     key: PRNGKeyArray,
 ) -> tuple[Float[Array, ""], Aux, Any]:
     "Loss, `Aux` and gradient (for parameters only) of one batch, computed in `accumulate` pieces."
     params, rest = eqx.partition(model, trainable(model))
-    value_and_grad = jax.value_and_grad(lambda p, b, k: loss(eqx.combine(p, rest), b, key=k), has_aux=True)
+    whole = lambda p: eqx.combine(p, rest).half() if half else eqx.combine(p, rest)
+    value_and_grad = jax.value_and_grad(lambda p, b, k: loss(whole(p), b, key=k), has_aux=True)
     piece = lambda i: jax.tree.map(lambda x: x[i::accumulate], batch)
     keys = enumerate(jax.random.split(key, accumulate))
     out = [value_and_grad(params, piece(i), k) for i, k in keys]
@@ -120,7 +132,7 @@ def gradients(
     metrics, statistics = mean([a.metrics for (_, a), _ in out]), [a.statistics for (_, a), _ in out]
     return values, Aux(metrics, functools.reduce(_add, statistics)), grads
 
-# %% ../nbs/03_training.ipynb #c25fc3e1
+# %% ../nbs/03_training.ipynb #973efacd
 def make_step(
     loss: typing.Callable,  # (model, batch, *, key) → (scalar, Aux)
     config: TrainConfig,
@@ -131,7 +143,7 @@ def make_step(
     @eqx.filter_jit
     def step(state: TrainState, batch) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        value, aux, grads = gradients(loss, state.model, batch, accumulate=config.accumulate, key=key)
+        value, aux, grads = gradients(loss, state.model, batch, accumulate=config.accumulate, half=config.half, key=key)
         params = eqx.filter(state.model, trainable(state.model))
         updates, opt_state = optim.update(grads, state.opt_state, params)
         model = eqx.apply_updates(state.model, updates)
@@ -142,7 +154,7 @@ def make_step(
 
     return step
 
-# %% ../nbs/03_training.ipynb #dd112d84
+# %% ../nbs/03_training.ipynb #5a9cd1a9
 class Checkpoints:
     "The training states in a folder, the newest last."
 
@@ -190,7 +202,7 @@ class Checkpoints:
         self.manager.wait_until_finished()
         self.manager.close()
 
-# %% ../nbs/03_training.ipynb #817e74cc
+# %% ../nbs/03_training.ipynb #f8ce0e8d
 class History(list):
     "The records of a run: dictionaries with `step`, the losses and metrics, `seconds`; validation records have `valid_…` entries."
 
@@ -211,7 +223,7 @@ class History(list):
         ax.legend(frameon=False)
         return ax
 
-# %% ../nbs/03_training.ipynb #6ebb15f9
+# %% ../nbs/03_training.ipynb #cbadcf55
 class HistoryFile:
     "Appends records to a JSON-lines file and keeps them in memory."
 
@@ -231,7 +243,7 @@ class HistoryFile:
             with open(self.path, "a") as f:
                 f.write(json.dumps(record) + "\n")
 
-# %% ../nbs/03_training.ipynb #3ba1b7b9
+# %% ../nbs/03_training.ipynb #c3b471b0
 def make_validation(loss: typing.Callable) -> typing.Callable:
     "A function `(model, batches) → {'valid_loss': …, 'valid_…': …}`."
 
@@ -251,7 +263,22 @@ def _refuse_to_overwrite(out: Path | None, resume: bool):
     if out is not None and not resume and (out / "checkpoints").exists():
         raise InputError(f"'{out}' already holds a run: pass --resume to go on with it, or another folder")
 
-# %% ../nbs/03_training.ipynb #ce313a49
+# %% ../nbs/03_training.ipynb #0a2710cb
+def check_finite(
+    rows: list[dict[str, float]],  # metrics of the last steps
+    step: int,  # of the last of them
+    config: TrainConfig,
+):
+    "Raises `InputError` that names the first step and the terms that are not finite, and what to do."
+    for i, row in enumerate(rows, start=step - len(rows) + 1):
+        broken = [k for k, v in row.items() if not np.isfinite(v)]
+        if broken:
+            terms = [k for k in broken if k not in ("loss", "grad_norm")] or broken
+            raise InputError(
+                f"training broke at step {i}: {', '.join(terms)} became {row[terms[0]]}; the last good checkpoint is kept, so lower the learning rate ({config.lr}) and resume, or check the data"
+            )
+
+# %% ../nbs/03_training.ipynb #7ca7d8ad
 def fit(
     model: AbstractModel,
     loss: typing.Callable,  # (model, batch, *, key) → (scalar, Aux)
@@ -274,21 +301,18 @@ def fit(
     state = (checkpoints.restore(state) if resume and checkpoints else None) or state
     start = int(state.step)
     history = HistoryFile(out and out / "history.jsonl", resume_at=start)
+    pending = []  # metrics since the last look: looking waits for the device
     bar, began = progress(total=config.max_steps, desc=desc, initial=start), time.perf_counter()
     due = lambda i, every: i % every == 0 or i == config.max_steps
     with bar:
         for i in range(start + 1, config.max_steps + 1):
             state, metrics = step(state, train[i - 1])
+            pending.append(metrics)
+            if due(i, config.log_every) or i == 1 or (checkpoints and due(i, config.checkpoint_every)):
+                pending = jax.tree.map(float, jax.device_get(pending))
+                check_finite(pending, i, config)
             if due(i, config.log_every) or i == 1:
-                row = {
-                    "step": i,
-                    **{k: float(v) for k, v in metrics.items()},
-                    "seconds": round(time.perf_counter() - began, 3),
-                }
-                if not np.isfinite(row["loss"]):
-                    raise InputError(
-                        f"the loss is {row['loss']} at step {i}: lower the learning rate ({config.lr}) or check the data"
-                    )
+                row = {"step": i, **pending[-1], "seconds": round(time.perf_counter() - began, 3)}
                 if due(i, config.validate_every):
                     row |= validate(state.model, valid)
                 history.append(row)
@@ -302,6 +326,7 @@ def fit(
                 )
             if checkpoints and due(i, config.checkpoint_every):
                 checkpoints.save(state)
+            pending = [] if isinstance(pending[-1]["loss"], float) else pending
             bar.update()
     if checkpoints:
         checkpoints.close()
