@@ -99,6 +99,10 @@ def folder_of(kind: str, work: Path) -> Path:
         path.write_bytes((work / "flow.h5").read_bytes()[:3000])
     elif kind == "odd size":
         write_mat(path, frames[:, :30, :30])
+    elif kind == "constant":
+        write_mat(path, np.full_like(frames, 3.0))
+    elif kind == "loud":
+        write_mat(path, 1e6 * frames)
     return path
 
 
@@ -112,6 +116,7 @@ DATA = {
     "nan": "7.mat",
     "odd size": "multiples of 4",
     "few": "frames",
+    "constant": "nothing to learn",
 }
 
 
@@ -133,6 +138,29 @@ def test_bad_data(kind: str, work: Path):
     refuses(done, DATA[kind])
     assert not (work / f"out {kind}" / "model.safetensors").exists()
     assert not list(work.glob(f"out {kind}/**/*.part*"))
+
+
+def test_fields_of_another_unit(work: Path):
+    "A tokenizer does not encode what is a million times as strong as what it was trained on."
+    loud = folder_of("loud", work)
+    done = zebra("tokenizer", "save", "--checkpoint", "vqvae", "--data-dir", loud, "--output", "out loud", cwd=work)
+    refuses(done, "units")
+    assert not (work / "out loud" / "train.npz").exists()
+
+
+def test_a_codebook_too_large(work: Path):
+    "More codes than latents."
+    starved = [*SMALL, "--vocab_size", "9999999"]
+    refuses(zebra("train-vqvae", "--data_dir", "mat", "--out", "out large", *starved, cwd=work), "cannot be fed")
+
+
+def test_training_that_breaks(work: Path):
+    "NaN stops the run with the step and the term; the checkpoint from before stays, and can be resumed."
+    shutil.copytree(work / "vqvae", work / "broken")
+    wild = [*SMALL[:-1], 9, "--lr", "1e30", "--resume"]
+    refuses(zebra("train-vqvae", "--data_dir", "mat", "--out", "broken", *wild, cwd=work), "broke at step", "rel_l2")
+    assert (work / "broken/model.safetensors").read_bytes() == (work / "vqvae/model.safetensors").read_bytes()
+    succeeds("train-vqvae", "--data_dir", "mat", "--out", "broken", *SMALL[:-1], 6, "--resume", cwd=work)
 
 
 def test_bad_data_for_the_demo(work: Path):

@@ -55,6 +55,29 @@ def test_wheel_brings_no_notebook_tools(scripts: Path, tmp_path: Path):
     assert not names & {*tools.split(), *extras.split()}
 
 
+def test_wheel_brings_pretrained_models(scripts: Path, tmp_path: Path):
+    "They load by name, without network or extras, and work; a name on the hub asks for the extra."
+    code = """
+import jax, numpy as np
+from zebra_nb.core import InputError
+from zebra_nb.nsp import NextScalePredictor
+from zebra_nb.tokenizer import VQVAETokenizer
+tokenizer = VQVAETokenizer.from_pretrained("turbulence-64")
+predictor = NextScalePredictor.from_pretrained("turbulence-64")
+x = np.sin(4 * np.linspace(0, 2 * np.pi, 64, endpoint=False))
+tokens = tokenizer.encode(8 * x[:, None] * x)
+assert tokens.shape == (341,) and tokenizer.bits_per_frame <= 9 * 341
+assert predictor.generate(tokens, key=jax.random.key(0)).shape == (341,)
+try:
+    VQVAETokenizer.from_pretrained("user/name")
+except InputError as e:
+    print(e)
+"""
+    assert "hub" in run(scripts / "python", "-c", code, cwd=tmp_path)
+    sizes = [path.stat().st_size for path in (root / "zebra_nb/pretrained").rglob("tokenizer/*.safetensors")]
+    assert sizes and max(sizes) < 8e6
+
+
 def test_wheel_has_the_command(scripts: Path, tmp_path: Path):
     "`zebra-nb --help` names the stages."
     text = run(scripts / "zebra-nb", "--help", cwd=tmp_path)

@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import numpy as np
 
-from .core import AbstractConfig, InputError, Normalizer, load, read_header, write_atomically
+from .core import AbstractConfig, InputError, Normalizer, load, read_header, save, write_atomically
 from .data import FieldDataset, Splits, batches, open_fields
 from .nsp import NextScalePredictor, nsp_loss
 from .quantizer import QuantizerConfig
@@ -102,12 +103,20 @@ def train_vqvae(
     source = data.train.snapshots()
     first, how = check_feed(source, config), with_epochs(how, epochs, len(source))
     norm, keys = Normalizer(*data.train.statistics()), jax.random.split(jax.random.key(how.seed))
-    model = (VARVQVAE2d if multi_scale else VQVAE2d)(config, norm=norm, key=keys[0])
-    model = model if resume else model.start(first, key=keys[1])
-    return fit(
+    cls = VARVQVAE2d if multi_scale else VQVAE2d
+    model = eqx.filter_jit(lambda key: cls(config, norm=norm, key=key))(keys[0])  # compiled as one, not array by array
+    if not (resume and (Path(out) / "checkpoints").exists()):
+        model = model.start(first, key=keys[1])
+    model, history = fit(
         model, vqvae_loss, batches(source, how.batch_size, seed=how.seed), valid=held_out(data.valid.snapshots(), how.batch_size),
         config=how, out=out, resume=resume, record={"data": describe(data.train)}, desc="training tokenizer",
     )  # fmt: skip
+    many = held_out(source, how.batch_size, at_most=512)
+    model = model.refit(many, key=keys[1])
+    model = eqx.filter_jit(lambda m, x: m.calibrate(x))(model, np.concatenate(many)[::4])
+    path = Path(out) / "model.safetensors"
+    save(path, model, record=read_header(path)["record"])
+    return model, history
 
 # %% ../nbs/09a_pipeline.ipynb #8bb323ca
 def save_tokens(

@@ -290,9 +290,9 @@ class AbstractQuantizer2d(eqx.Module):
         mean = lax.stop_gradient(quantized.mean)
         return {"books": books, "mean": jnp.sum(mean, axis=0), "samples": jnp.float32(len(mean))}
 
-    def update(self, stats: dict[str, typing.Any]) -> "AbstractQuantizer2d":
-        "The quantiser after a batch with these statistics."
-        decay = self.config.decay
+    def update(self, stats: dict[str, typing.Any], *, decay: float | None = None) -> "AbstractQuantizer2d":
+        "The quantiser after a batch with these statistics; with `decay` 0 it forgets all that came before."
+        decay = self.config.decay if decay is None else decay
         books = tuple(b.update(s, decay=decay) for b, s in zip(self.codebooks, stats["books"]))
         mean = decay * self.center.mean + (1 - decay) * stats["mean"] / stats["samples"]
         return eqx.tree_at(lambda q: (q.codebooks, q.center.mean), self, (books, mean))

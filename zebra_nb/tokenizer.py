@@ -69,7 +69,7 @@ class VQVAETokenizer:
         self.codebooks = [np.asarray(model.quantizer.book(i).vectors) for i in range(len(model.quantizer.grids))]
         self.unknown = 0  # codes met by `encode` that `fit` had not seen
         self._encode = eqx.filter_jit(lambda m, x: jax.vmap(m.encode)(x))
-        self._decode = eqx.filter_jit(lambda m, codes: jax.vmap(m.decode)(codes))
+        self._decode = eqx.filter_jit(lambda m, codes, restore: jax.vmap(lambda c: m.decode(c, restore=restore))(codes))
         self.set_vocabulary(vocabulary or Vocabulary(tuple(tuple(range(len(b))) for b in self.codebooks)))
 
     def set_vocabulary(self, vocabulary: Vocabulary):
@@ -220,12 +220,14 @@ def encode(
 def decode(
     self: VQVAETokenizer,
     tokens,  # (..., l)
+    *,
+    restore: bool = False,  # give the fields the spectrum of the training fields instead of the least error
 ) -> Float[np.ndarray, "... c h w"]:
     "The fields, in physical units, that token rows stand for; raises `InputError` for rows of another length or tokens of another scale."
     tokens = self.check(tokens)
     codes = self.vocabulary.unified_to_original[tokens].reshape(-1, tokens.shape[-1])
     split = lambda rows: tuple(rows[:, place] for place in self.scale_slices)
-    fields = _in_chunks(lambda rows: self._decode(self.model, split(rows)), codes)
+    fields = _in_chunks(lambda rows: self._decode(self.model, split(rows), restore), codes)
     return fields.reshape(*tokens.shape[:-1], *self.field_shape)
 
 
