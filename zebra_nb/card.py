@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_RECORDED', 'TERMS', 'HYPERPARAMETERS', 'DATA', 'CITATION', 'LARGEST_PICTURE', 'scale_use', 'codes_used',
-           'evaluate_tokenizer', 'show', 'markdown_table', 'settings', 'architecture', 'loss_table', 'fact_table',
+           'evaluate_tokenizer', 'show', 'markdown_table', 'architecture', 'loss_table', 'fact_table',
            'training_sections', 'evaluation_section', 'front_matter', 'usage_section', 'describe', 'model_card',
            'hash_of', 'save_picture', 'save_figures']
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import zebra_nb
-from .core import AbstractModel, InputError, content_hash, count_parameters, write_atomically
+from .core import AbstractModel, InputError, content_hash, count_parameters, dotted, write_atomically
 from .evaluation import BITS_PER_NUMBER, LABELS, json_ready, lead_steps
 from .metrics import compression_ratio, entropy, fourier_truncation, mse, relative_l2, ssim, token_counts
 from .tokenizer import LOUDEST, VQVAETokenizer
@@ -95,20 +95,9 @@ def markdown_table(
     return "\n".join([f"| {' | '.join(header)} |", "|---" * len(header) + "|", *lines])
 
 # %% ../nbs/09b_card.ipynb #4b01688a
-def settings(
-    config: dict[str, typing.Any],
-    prefix: str = "",
-) -> dict[str, typing.Any]:
-    "The settings of a nested configuration by their dotted names."
-    flat = {}
-    for name, value in config.items():
-        flat |= settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-
 def architecture(model: VQVAETokenizer | AbstractModel) -> str:
     "The architecture as a table."
-    config = settings(model.config.to_dict())
+    config = dotted(model.config.to_dict())
     if isinstance(model, AbstractModel):
         return markdown_table([["parameters", count_parameters(model)], *config.items()], ("setting", "value"))
     rest = [[name, value] for name, value in config.items() if not name.startswith("loss.")]
@@ -159,7 +148,7 @@ def fact_table(
     skip: str = r".*_every",  # names that say nothing about the model
 ) -> str:
     "The expected facts and all others that are there."
-    found = settings(found or {})
+    found = dotted(found or {})
     others = {name: name.replace("_", " ") for name in found if not re.fullmatch(skip, name)}
     return markdown_table(
         [[words, found.get(name)] for name, words in (expected | (others | expected)).items()], ("fact", "value")

@@ -31,7 +31,7 @@ def plain_convolution(
     weight: Float[Array, "kh kw i o"],
     padding: str,  # "circular" or "zeros"
     *,
-    stride: int = 1,  # the output has `h / stride` rows
+    stride: int = 1,  # the output has `h / stride` rows, and one more where an even kernel takes single steps
 ) -> Float[Array, "h2 w2 o"]:
     "The convolution of a padded copy of `x`, by XLA's own operation."
     by = (weight.shape[0] - stride + 1) // 2
@@ -125,9 +125,7 @@ class UpsampleConv2d(eqx.Module):
         o = weight.shape[-1]
         merge = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], x.dtype)  # position, coarse tap, fine tap
         kernel = jnp.einsum("ayi,bxj,ijco->yxcabo", merge, merge, weight).reshape(2, 2, -1, 4 * o)
-        padded, layout = pad_cells(x, 1, self.conv.padding), ("NHWC", "HWIO", "NHWC")
-        y = lax.conv_general_dilated(padded[None], kernel, (1, 1), "VALID", dimension_numbers=layout)[0]
-        y = y.reshape(h + 1, w + 1, 2, 2, o)
+        y = plain_convolution(x, kernel, self.conv.padding).reshape(h + 1, w + 1, 2, 2, o)
         rows = [jnp.stack([y[a : a + h, b : b + w, a, b] for b in (0, 1)], axis=2) for a in (0, 1)]
         return jnp.stack(rows, axis=1).reshape(2 * h, 2 * w, o) + self.conv.bias.astype(x.dtype)
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import __version__
-from .core import write_atomically
+from .core import dotted, write_atomically
 from .evaluation import LABELS, Rollout, beats_persistence, lead_steps
 from .figures import plot_errors, plot_rollout, plot_spectra, plot_tokens, plot_usage, quantity
 from .metrics import token_counts
@@ -362,12 +362,9 @@ def token_section(rollout: Rollout, metrics: dict[str, typing.Any], tokenizer: t
     return Section("Tokens", [cost, *pictures, table(header, rows, caption)])
 
 # %% ../nbs/08b_report.ipynb #5493736a
-def settings(configuration: dict[str, typing.Any], prefix: str = "") -> list[list[str]]:
+def settings(configuration: dict[str, typing.Any]) -> list[list[str]]:
     "Rows of a table: nested names joined by dots, and their values."
-    rows = []
-    for name, value in configuration.items():
-        rows += settings(value, f"{prefix}{name}.") if isinstance(value, dict) else [[prefix + name, str(value)]]
-    return rows
+    return [[name, str(value)] for name, value in dotted(configuration).items()]
 
 
 def provenance_section(command: str = "", configuration: dict[str, typing.Any] | None = None) -> Section:

@@ -291,6 +291,8 @@ def fit(
     | None = None,  # folder for model.safetensors, history.jsonl and checkpoints; nothing is written when None
     resume: bool = False,  # go on from the newest checkpoint in `out`
     record: dict | None = None,  # facts to store with the model, JSON-ready
+    finish: typing.Callable
+    | None = None,  # model → model: what is done to it after the last step; checkpoints go without
     desc: str = "training",  # the word before the bar
 ) -> tuple[AbstractModel, History]:
     "Trains `model` for `config.max_steps` steps; returns it with the run's history. Raises `InputError` if the loss stops being finite."
@@ -302,17 +304,19 @@ def fit(
     start = int(state.step)
     history = HistoryFile(out and out / "history.jsonl", resume_at=start)
     pending = []  # metrics since the last look: looking waits for the device
+    finish = finish or (lambda model: model)
     bar, began = progress(total=config.max_steps, desc=desc, initial=start), time.perf_counter()
     due = lambda i, every: i % every == 0 or i == config.max_steps
     with bar:
         for i in range(start + 1, config.max_steps + 1):
             state, metrics = step(state, train[i - 1])
             pending.append(metrics)
-            if due(i, config.log_every) or i == 1 or (checkpoints and due(i, config.checkpoint_every)):
-                pending = jax.tree.map(float, jax.device_get(pending))
-                check_finite(pending, i, config)
-            if due(i, config.log_every) or i == 1:
-                row = {"step": i, **pending[-1], "seconds": round(time.perf_counter() - began, 3)}
+            log, keep = due(i, config.log_every) or i == 1, checkpoints and due(i, config.checkpoint_every)
+            if log or keep:
+                seen, pending = jax.tree.map(float, jax.device_get(pending)), []
+                check_finite(seen, i, config)
+            if log:
+                row = {"step": i, **seen[-1], "seconds": round(time.perf_counter() - began, 3)}
                 if due(i, config.validate_every):
                     row |= validate(state.model, valid)
                 history.append(row)
@@ -324,19 +328,19 @@ def fit(
                     },
                     refresh=False,
                 )
-            if checkpoints and due(i, config.checkpoint_every):
+            if keep:
                 checkpoints.save(state)
-            pending = [] if isinstance(pending[-1]["loss"], float) else pending
             bar.update()
+    model = finish(state.model)
     if checkpoints:
         checkpoints.close()
         save(
             out / "model.safetensors",
-            state.model,
+            model,
             record={
                 "training": config.to_dict(),
                 **(record or {}),
                 "final": history.records[-1] if history.records else {},
             },
         )
-    return state.model, history.records
+    return model, history.records
