@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 root = Path(__file__).resolve().parents[1]
@@ -20,12 +21,20 @@ def run(*command: str, **env: str) -> bool:
 def main() -> None:
     # One notebook per core and one thread per notebook: left alone, XLA starts a thread per core in each of them.
     threads = dict.fromkeys(("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") if workers > 1 else {}
-    notebooks = run(
-        *(sys.executable, str(scripts / "nbdev_test")),
-        *("--n_workers", str(workers), "--timing", "--do_print"),
-        **threads,
-    )
-    tests = run(sys.executable, "-m", "pytest", "tests", *sys.argv[1:])
+    # Most of the time goes into compiling, and the same programs are met in several notebooks and processes.
+    cache = {
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        cache["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", folder)
+        notebooks = run(
+            *(sys.executable, str(scripts / "nbdev_test")),
+            *("--n_workers", str(workers), "--timing", "--do_print"),
+            **threads,
+            **cache,
+        )
+        tests = run(sys.executable, "-m", "pytest", "tests", *sys.argv[1:], **cache)
     if not notebooks:
         sys.exit("nbdev_test failed: see the notebooks listed above.")
     sys.exit(not tests)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AXES', 'FORMAT_VERSION', 'InputError', 'progress', 'write_atomically', 'reference_data', 'dotted', 'AbstractConfig',
-           'Buffer', 'is_buffer', 'trainable', 'Normalizer', 'count_parameters', 'AbstractModel', 'named_leaves',
-           'content_hash', 'save', 'read_header', 'load', 'field_limit', 'plot_field', 'plot_fields']
+           'Buffer', 'is_buffer', 'trainable', 'Normalizer', 'count_parameters', 'AbstractModel', 'create',
+           'named_leaves', 'content_hash', 'save', 'read_header', 'load', 'field_limit', 'plot_field', 'plot_fields']
 
 # %% ../nbs/00_core.ipynb #c757b63b
 import contextlib
@@ -24,7 +24,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 # %% ../nbs/00_core.ipynb #cf091109
 AXES = dict(
@@ -180,6 +180,22 @@ class AbstractModel(eqx.Module):
 
     def _repr_markdown_(self) -> str:
         return f"**{type(self).__name__}**, {count_parameters(self):,} parameters\n\n{self.config._repr_markdown_()}"
+
+# %% ../nbs/00_core.ipynb #c5ea7e01
+@eqx.filter_jit
+def _build(cls, args, kwargs, data):
+    return cls(*args, key=jax.random.wrap_key_data(data, impl="rbg"), **kwargs)
+
+
+def create(
+    cls: type[eqx.Module],  # what to make
+    *args,  # for its constructor, as are further keywords
+    key: PRNGKeyArray,  # one key
+    **kwargs,
+):
+    "`cls(*args, key=key, **kwargs)`, with all its random arrays drawn by one program, and a generator that compiles in a third of the time (XLA's own; other numbers on other devices)."
+    data = jax.random.bits(key, (4,), jnp.uint32)
+    return _build(cls, args, kwargs, data)
 
 # %% ../nbs/00_core.ipynb #ef038ede
 def _path_name(path) -> str:

@@ -22,7 +22,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .core import AbstractConfig, InputError, Normalizer, load, read_header, write_atomically
+from .core import AbstractConfig, InputError, Normalizer, create, load, read_header, write_atomically
 from .data import FieldDataset, Splits, batches, open_fields
 from .nsp import NextScalePredictor, nsp_loss
 from .quantizer import QuantizerConfig
@@ -109,7 +109,7 @@ def train_vqvae(
     first, how = check_feed(source, config), with_epochs(how, epochs, len(source))
     norm, keys = Normalizer(*data.train.statistics()), jax.random.split(jax.random.key(how.seed))
     cls = VARVQVAE2d if multi_scale else VQVAE2d
-    model = eqx.filter_jit(lambda key: cls(config, norm=norm, key=key))(keys[0])  # compiled as one, not array by array
+    model = create(cls, config, norm=norm, key=keys[0])
     if not (resume and (Path(out) / "checkpoints").exists()):
         model = model.start(first, key=keys[1])
 
@@ -172,7 +172,7 @@ def train_nsp(
     valid.check(tokenizer)
     pairs = train.pairs()
     how = with_epochs(how, epochs, len(pairs))
-    model = NextScalePredictor(tokenizer.nsp_config(**size), tokenizer.codebook, key=jax.random.key(how.seed))
+    model = create(NextScalePredictor, tokenizer.nsp_config(**size), tokenizer.codebook, key=jax.random.key(how.seed))
     model, history = fit(
         model, nsp_loss, batches(pairs, how.batch_size, seed=how.seed), valid=held_out(valid.pairs(), how.batch_size, 32),
         config=how, out=out, resume=resume, record={"tokenizer": tokenizer.hash}, desc="training predictor",
