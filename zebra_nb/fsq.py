@@ -68,12 +68,12 @@ class FSQCodebook(AbstractCodebook, Buffer):
 
     def start(self, z: Float[Array, "n d"], *, key: PRNGKeyArray) -> "FSQCodebook":
         "The grid, stretched to the latents."
-        return self._with(jnp.full(len(self.counts), len(z) / len(self.counts)), jnp.sqrt(jnp.mean(z**2, axis=0)))
+        return self._with(jnp.full_like(self.counts, 1 / len(self.counts)), jnp.sqrt(jnp.mean(z**2, axis=0)))
 
     def update(self, stats, *, decay: float) -> "FSQCodebook":
         "Counts the users; the stretch follows the latents."
         rms = jnp.sqrt(jnp.mean(stats.candidates**2, axis=0))
-        return self._with(*(decay * a + (1 - decay) * b for a, b in ((self.counts, stats.counts), (self.spread, rms))))
+        return self._with(*(decay * a + (1 - decay) * b for a, b in ((self.counts, stats.shares), (self.spread, rms))))
 
     def _with(self, counts, spread):
         return eqx.tree_at(lambda b: (b.counts, b.spread), self, (counts, jnp.maximum(spread, 1e-6)))

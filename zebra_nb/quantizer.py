@@ -28,7 +28,7 @@ class AbstractCodebook(eqx.Module):
     "`k` code vectors of width `d` and how often each is used. Members register under their `kind`."
 
     vectors: eqx.AbstractVar[Float[Array, "k d"]]
-    counts: eqx.AbstractVar[Float[Array, " k"]]  # moving average of the users of each code in a batch
+    counts: eqx.AbstractVar[Float[Array, " k"]]  # moving average of the share of latents that use each code
     kind: typing.ClassVar[str] = ""
     registry: typing.ClassVar[dict[str, type]] = {}
 
@@ -72,6 +72,11 @@ class CodeStatistics(eqx.Module):
 
     def __add__(self, other: "CodeStatistics") -> "CodeStatistics":
         return CodeStatistics(self.counts + other.counts, self.sums + other.sums, other.candidates)
+
+    @property
+    def shares(self) -> Float[Array, " k"]:
+        "The share of the latents that use each code."
+        return self.counts / jnp.maximum(self.counts.sum(), 1.0)
 
 
 def code_statistics(
@@ -125,14 +130,16 @@ class AbstractMeanCodebook(AbstractCodebook, Buffer):
 
     def start(self, z, *, key):
         "Vectors by k-means; every code begins with the same use."
-        vectors, use = kmeans(z, len(self.vectors), key=key), len(z) / len(self.vectors)
-        return self._with(vectors, jnp.full(len(vectors), use), vectors * use)
+        vectors = kmeans(z, len(self.vectors), key=key)
+        use = jnp.full_like(self.counts, 1 / len(vectors))
+        return self._with(vectors, use, vectors * use[:, None])
 
     def update(self, stats, *, decay):
         "Moving averages, Laplace smoothing, revival of dead codes from live latents."
-        mean_use = stats.counts.mean()
-        counts = decay * self.counts + (1 - decay) * stats.counts
-        sums = decay * self.sums + (1 - decay) * stats.sums
+        mean_use, batch, past = 1 / len(self.counts), stats.counts.sum(), self.counts.sum()
+        share = lambda x, n: x / jnp.maximum(n, 1e-30)  # of few latents or many alike
+        counts = decay * share(self.counts, past) + (1 - decay) * share(stats.counts, batch)
+        sums = decay * share(self.sums, past) + (1 - decay) * share(stats.sums, batch)
         total, eps = counts.sum(), 1e-5 * mean_use
         smoothed = (counts + eps) / (total + len(counts) * eps) * total
         dead = counts < REVIVE_BELOW * mean_use

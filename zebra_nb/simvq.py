@@ -55,10 +55,10 @@ class SimVQCodebook(AbstractCodebook):
         "The map that gives the basis the covariance of the latents."
         value, vector = jnp.linalg.eigh(z.T @ z / len(z))
         weight = (vector * jnp.sqrt(jnp.maximum(value, 1e-8))) @ vector.T
-        counts = jnp.full(len(self.counts), len(z) / len(self.counts))
+        counts = jnp.full_like(self.counts, 1 / len(self.counts))
         return eqx.tree_at(lambda b: (b.weight, b.basis.counts), self, (weight, counts))
 
     def update(self, stats, *, decay: float) -> "SimVQCodebook":
         "Counts the users; the map is the optimiser's."
-        counts = decay * self.counts + (1 - decay) * stats.counts
+        counts = decay * self.counts + (1 - decay) * stats.shares
         return eqx.tree_at(lambda b: b.basis.counts, self, counts)

@@ -103,6 +103,8 @@ class TrainState(eqx.Module):
     @classmethod
     def create(cls, model: AbstractModel, config: TrainConfig) -> "TrainState":
         "The state before the first step."
+        strong = lambda x: jnp.asarray(x, x.dtype) if eqx.is_array(x) else x  # a weak type would compile the step twice
+        model = jax.tree.map(strong, model)
         return cls(model, optimizer(config).init(eqx.filter(model, trainable(model))), jnp.zeros((), jnp.int32))
 
 # %% ../nbs/03_training.ipynb #06ff4ad3

@@ -359,7 +359,9 @@ def vqvae_loss(
         "entropy": lambda: entropy_error(model, quantized),
     }
     found = {name: term() for name, term in terms.items() if weights[name] or name in ("relative_l2", "commitment")}
+    offset = jnp.mean(jnp.mean(quantized.mean, axis=0) ** 2)  # see above: nothing else holds the latents' mean
     loss = sum(weights[name] * value for name, value in found.items()) + jnp.mean(quantized.codebook)
+    loss += weights["commitment"] * offset
     metrics = {"rel_l2": found.pop("relative_l2"), **found}
     metrics |= {f"perplexity_{i}": code_perplexity(book) for i, book in enumerate(books)}
     return loss, Aux(metrics, model.quantizer.statistics(quantized, key=key))
