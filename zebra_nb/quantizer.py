@@ -136,8 +136,8 @@ class AbstractMeanCodebook(AbstractCodebook, Buffer):
 
     def update(self, stats, *, decay):
         "Moving averages, Laplace smoothing, revival of dead codes from live latents."
-        mean_use, batch, past = 1 / len(self.counts), stats.counts.sum(), self.counts.sum()
-        share = lambda x, n: x / jnp.maximum(n, 1e-30)  # of few latents or many alike
+        mean_use, past, batch = 1 / len(self.counts), self.counts.sum(), stats.counts.sum()
+        share = lambda x, n: x / jnp.maximum(n, 1.0)
         counts = decay * share(self.counts, past) + (1 - decay) * share(stats.counts, batch)
         sums = decay * share(self.sums, past) + (1 - decay) * share(stats.sums, batch)
         total, eps = counts.sum(), 1e-5 * mean_use
