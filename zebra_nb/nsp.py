@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Temperature', 'NSPConfig', 'position_features', 'FrozenCodes', 'neighbourhood', 'TokenEmbedding', 'scale_numbers',
-           'block_causal', 'LayerNorm', 'Block', 'NextScalePredictor', 'nsp_loss', 'check_sampling', 'sample',
-           'check_context', 'check_tokens', 'roll_out']
+           'block_causal', 'LayerNorm', 'Block', 'NextScalePredictor', 'nsp_loss', 'training_flop', 'check_sampling',
+           'sample', 'check_context', 'check_tokens', 'roll_out']
 
 # %% ../nbs/07_nsp.ipynb #413883f4
 import dataclasses
@@ -37,6 +37,7 @@ class NSPConfig(AbstractConfig):
     n_head: int = 8  # attention heads
     n_embd: int = 256  # width
     context_queries: bool = True  # queries also carry what is known of both frames around their place
+    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
     tokenizer_hash: str = ""  # of the tokenizer whose tokens this predicts
 
     def __post_init__(self):
@@ -183,8 +184,10 @@ class LayerNorm(eqx.Module):
         self.scale, self.offset = jnp.ones(width), jnp.zeros(width)
 
     def __call__(self, x: Float[Array, "n e"]) -> Float[Array, "n e"]:
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-5) * self.scale + self.offset
+        y = x.astype(jnp.float32)  # moments in full precision
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-5)
+        return y.astype(x.dtype) * self.scale + self.offset
 
 
 class Block(eqx.Module):
@@ -276,16 +279,22 @@ class NextScalePredictor(AbstractModel):
         x = self.embed.content(context, 0, cells)
         y = jnp.concatenate([self.embed.content(target[:cut], 1, cells[:cut]), *queries])
         mask = jnp.asarray(block_causal(self.config))
-        for block in self.blocks:
+
+        def layer(block, x, y):
             kv_x, kv_y = block.keys_values(x), block.keys_values(y[:cut])
-            x, y = block.attend(x, kv_x), block.attend(y, jnp.concatenate([kv_x, kv_y]), mask)
+            return block.attend(x, kv_x), block.attend(y, jnp.concatenate([kv_x, kv_y]), mask)
+
+        layer = eqx.filter_checkpoint(layer) if self.config.checkpoint else layer
+        x, y = x.astype(self.embed.mask.dtype), y.astype(self.embed.mask.dtype)
+        for block in self.blocks:
+            x, y = layer(block, x, y)
         return self.logits(y[cut:])
 
     def logits(self, y: Float[Array, "n e"]) -> tuple[Float[Array, "_ _"], ...]:
         "The heads, on the query rows of all predicted scales."
         widths = [self.config.slices[i].stop - self.config.slices[i].start for i in self.config.predicted]
         pieces = jnp.split(self.norm(y), np.cumsum(widths)[:-1])
-        return tuple(piece @ head for piece, head in zip(pieces, self.heads))
+        return tuple((piece @ head).astype(jnp.float32) for piece, head in zip(pieces, self.heads))
 
 # %% ../nbs/07_nsp.ipynb #fb518a19
 def nsp_loss(
@@ -304,6 +313,19 @@ def nsp_loss(
         right += jnp.sum(jnp.argmax(logits, axis=-1) == wanted)
     loss = total / (len(batch) * count)
     return loss, Aux({"bits": loss * count / np.log(2), "accuracy": right / (len(batch) * count)})
+
+# %% ../nbs/07_nsp.ipynb #c5ea7e21
+def training_flop(config: NSPConfig) -> float:
+    "Floating-point operations of the blocks for one frame pair, forward and backward."
+    allowed, e = block_causal(config), config.n_embd
+    context, content = config.slices[-1].stop, config.slices[-1].start
+    queries, keys = len(allowed) - content, context + content
+
+    def block(rows, scores):  # keys and values; query, output and MLP of these rows; attention
+        return e**2 * (2 * keys + 10 * rows) + 2 * e * scores
+
+    last = block(queries, queries * keys)  # nobody looks at its context and content
+    return float(6 * ((config.n_layer - 1) * block(context + len(allowed), context**2 + allowed.size) + last))
 
 # %% ../nbs/07_nsp.ipynb #cf3c28a7
 Temperature = float | int | str | tuple[float | int | str, ...]  # one for all, or one per scale

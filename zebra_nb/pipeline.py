@@ -24,7 +24,7 @@ import numpy as np
 
 from .core import AbstractConfig, InputError, Normalizer, create, load, read_header, write_atomically
 from .data import FieldDataset, Splits, batches, open_fields
-from .nsp import NextScalePredictor, nsp_loss
+from .nsp import NextScalePredictor, nsp_loss, training_flop
 from .quantizer import QuantizerConfig
 from .tokenizer import TokenDataset, VQVAETokenizer
 from .training import History, TrainConfig, fit
@@ -176,6 +176,7 @@ def train_nsp(
     model, history = fit(
         model, nsp_loss, batches(pairs, how.batch_size, seed=how.seed), valid=held_out(valid.pairs(), how.batch_size, 32),
         config=how, out=out, resume=resume, record={"tokenizer": tokenizer.hash}, desc="training predictor",
+        per_sample={"tokens": pairs[0].shape[-1], "flop": training_flop(model.config)},
     )  # fmt: skip
     tokenizer.save_pretrained(out / "tokenizer")
     model.save_pretrained(out, record=read_header(out / "model.safetensors")["record"])
