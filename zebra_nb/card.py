@@ -178,7 +178,7 @@ def evaluation_section(found: dict[str, typing.Any]) -> str:
     get, rival = found.get, found.get("fourier") or {}
     percent = lambda x: None if x is None else f"{100 * x:.3g} %"
     rows = [
-        ["frames measured", get("frames")], ["MSE (unit of the field, squared)", get("mse")], ["relative L2", get("relative_l2")],
+        ["frames measured", get("frames")], ["where they are from", get("source") or "not recorded"], ["MSE (unit of the field, squared)", get("mse")], ["relative L2", get("relative_l2")],
         ["relative L2 of as many Fourier numbers as the bits pay for", rival.get("relative_l2")], ["SSIM", get("ssim")],
         ["codebook usage", percent(get("usage"))], ["tokens with a code new to the vocabulary", percent(get("unknown"))],
         ["tokens per frame", get("tokens_per_frame")], ["bits per frame", get("bits_per_frame")],
@@ -213,7 +213,10 @@ def front_matter(
         *(f"- {tag}" for tag in tags),
     ]
     if measured:
-        where = (record.get("data") or {}).get("source") or "held-out fields"
+        data = (record.get("data") or {}).get("source")
+        where = evaluation.get("source") or (
+            "held-out fields" + (f" beside the training data ({data})" if data else "")
+        )
         lines += [
             "metrics:",
             *(f"- {name}" for name in measured),

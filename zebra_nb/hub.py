@@ -43,6 +43,7 @@ def write_tokenizer(
     folder: str | Path,
     *,
     fields=None,  # held-out, physical units: measured and drawn for the card
+    source: str = "",  # where these fields are from
     evaluation: dict[str, typing.Any] | None = None,  # of `evaluate_tokenizer`; measured on `fields` when None
     record: dict[str, typing.Any] | None = None,  # facts that come on top of the tokenizer's own: `license`, `data`, …
     name: str = ".",  # under which the card's code loads it
@@ -52,6 +53,7 @@ def write_tokenizer(
     figures = {}
     if fields is not None:
         evaluation = evaluation or evaluate_tokenizer(tokenizer, fields)
+        evaluation = {**evaluation, **({"source": source} if source else {})}
         channels = (record.get("data") or {}).get("channels") or ["field"]
         figures = save_figures(tokenizer, fields, folder, str(channels[0]))
     record["evaluation"] = evaluation or record.get("evaluation") or {}

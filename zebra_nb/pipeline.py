@@ -140,7 +140,8 @@ def save_tokens(
     for name, part in data._asdict().items():
         tokenizer.save_tokens(out / f"{name}.npz", part)
     held_out = data.test.frames(0, 0, None, max(1, data.test.lengths[0] // 32))
-    tokenizer.save_pretrained(out / "tokenizer", fields=held_out)
+    where = f"the test part of {describe(data.test)['source']}"
+    tokenizer.save_pretrained(out / "tokenizer", fields=held_out, source=where)
     return tokenizer
 
 # %% ../nbs/09a_pipeline.ipynb #361be74c
