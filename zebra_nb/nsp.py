@@ -19,7 +19,7 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from .core import AbstractConfig, AbstractModel, Buffer, InputError
+from .core import AbstractConfig, AbstractModel, Buffer, InputError, added
 from .core import progress as progress_bar
 from .quantizer import enlarge, scale_grids, shrink
 from .training import Aux
@@ -37,7 +37,7 @@ class NSPConfig(AbstractConfig):
     n_head: int = 8  # attention heads
     n_embd: int = 256  # width
     context_queries: bool = True  # queries also carry what is known of both frames around their place
-    checkpoint: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    checkpoint: bool = added(False)  # recompute activations in the backward pass: less memory, a third more time
     tokenizer_hash: str = ""  # of the tokenizer whose tokens this predicts
 
     def __post_init__(self):
