@@ -138,7 +138,7 @@ class AbstractMeanCodebook(AbstractCodebook, Buffer):
         "Moving averages, Laplace smoothing, revival of dead codes from live latents."
         mean_use, past, batch = 1 / len(self.counts), self.counts.sum(), stats.counts.sum()
         share = lambda x, n: x / jnp.maximum(n, 1.0)
-        counts = decay * share(self.counts, past) + (1 - decay) * share(stats.counts, batch)
+        counts = decay * share(self.counts, past) + (1 - decay) * stats.shares
         sums = decay * share(self.sums, past) + (1 - decay) * share(stats.sums, batch)
         total, eps = counts.sum(), 1e-5 * mean_use
         smoothed = (counts + eps) / (total + len(counts) * eps) * total

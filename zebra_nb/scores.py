@@ -86,15 +86,17 @@ def flow_series(
     return series if viscosity is None else series | dict(dissipation=np.asarray(2 * viscosity * series["enstrophy"]))
 
 # %% ../nbs/07c_scores.ipynb #739e57c2
+def _quantiles(x: Float[Numbers, "..."], axis: int | None = None) -> Float[np.ndarray, "levels ..."]:
+    "A thousand quantiles of the values along `axis`, or of all of them."
+    return np.quantile(np.asarray(x), (np.arange(1000) + 0.5) / 1000, axis=axis)
+
+
 def wasserstein(
     x: Float[Numbers, "..."],  # values to judge
     y: Float[Numbers, "..."],  # true values
-    *,
-    quantiles: int = 1000,  # levels at which the quantile functions are compared
 ) -> float:
     "The W1 distance of two one-point distributions, in the field's unit."
-    levels = (np.arange(quantiles) + 0.5) / quantiles
-    return float(np.abs(np.quantile(np.asarray(x), levels) - np.quantile(np.asarray(y), levels)).mean())
+    return float(np.abs(_quantiles(x) - _quantiles(y)).mean())
 
 # %% ../nbs/07c_scores.ipynb #646a335f
 def windowed_wasserstein(
@@ -105,10 +107,8 @@ def windowed_wasserstein(
 ) -> Float[np.ndarray, "n windows"]:
     "The W1 distance of each whole window of each rollout from the reference, in the field's unit."
     n, t = np.shape(x)[:2]
-    levels = (np.arange(1000) + 0.5) / 1000
-    want = np.quantile(np.asarray(reference), levels)
     pieces = np.asarray(x)[:, : t // window * window].reshape(n, t // window, -1)
-    return np.abs(np.moveaxis(np.quantile(pieces, levels, axis=-1), 0, -1) - want).mean(axis=-1)
+    return np.abs(_quantiles(pieces, axis=-1) - _quantiles(reference)[:, None, None]).mean(axis=0)
 
 
 def survival(
