@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AXES', 'FORMAT_VERSION', 'InputError', 'progress', 'write_atomically', 'reference_data', 'dotted', 'added',
-           'AbstractConfig', 'Buffer', 'is_buffer', 'trainable', 'Normalizer', 'count_parameters', 'AbstractModel',
-           'create', 'named_leaves', 'content_hash', 'save', 'read_header', 'load', 'field_limit', 'plot_field',
-           'plot_fields']
+           'before_fields', 'AbstractConfig', 'Buffer', 'is_buffer', 'trainable', 'Normalizer', 'count_parameters',
+           'AbstractModel', 'create', 'named_leaves', 'content_hash', 'save', 'read_header', 'load', 'field_limit',
+           'plot_field', 'plot_fields']
 
 # %% ../nbs/00_core.ipynb #c757b63b
 import contextlib
@@ -93,9 +93,17 @@ def dotted(
     return flat
 
 
-def added(default: Any):
+def added(
+    default: Any,
+    **before: Any,  # `before=value`: what models were that know nothing of the field; the default when not given
+):
     "A field that came to a configuration after models with it had been saved: `name: type = added(default)`."
-    return dataclasses.field(default=default, metadata={"added": True})
+    return dataclasses.field(default=default, metadata={"before": before.get("before", default)})
+
+
+def before_fields(config) -> dict[str, Any]:
+    "The `added` fields of a configuration or its class, with what they were before there were any."
+    return {f.name: f.metadata["before"] for f in dataclasses.fields(config) if "before" in f.metadata}
 
 
 class AbstractConfig:
@@ -106,11 +114,9 @@ class AbstractConfig:
         return dataclasses.asdict(self)
 
     def identity(self) -> dict[str, Any]:
-        "The fields that tell this configuration from others: an `added` one at its default is left out, as in older files."
-        old = {
-            f.name for f in dataclasses.fields(self) if f.metadata.get("added") and getattr(self, f.name) == f.default
-        }
-        return {name: value for name, value in self.to_dict().items() if name not in old}
+        "The fields that tell this configuration from others: an `added` one is left out where it says what was so before, as in older files."
+        old = before_fields(self)
+        return {k: v for k, v in self.to_dict().items() if k not in old or getattr(self, k) != old[k]}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]):
@@ -123,7 +129,8 @@ class AbstractConfig:
         parts = {
             k: t for k, t in typing.get_type_hints(cls).items() if isinstance(t, type) and issubclass(t, AbstractConfig)
         }
-        return cls(**{k: parts[k].from_dict(v) if k in parts else _retuple(v) for k, v in fields.items()})
+        found = {k: parts[k].from_dict(v) if k in parts else _retuple(v) for k, v in fields.items()}
+        return cls(**(before_fields(cls) | found))
 
     def _repr_markdown_(self) -> str:
         rows = "\n".join(f"| `{k}` | {v} |" for k, v in dotted(self.to_dict()).items())

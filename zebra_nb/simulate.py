@@ -236,6 +236,24 @@ class ForcedTurbulence(AbstractTurbulence):
         x, y = ex.make_grid(2, self.domain_extent, self.num_points)
         return -self.forcing_scale * k * (jnp.cos(k * x) + jnp.cos(k * y))[None]
 
+    def symmetric(
+        self,
+        omega: Float[np.ndarray, "*b h w"],  # vorticity
+        rng: np.random.Generator,
+    ) -> Float[np.ndarray, "*b h w"]:
+        "The same flow under a symmetry of its forcing drawn by `rng`: quarter turns, a reflection with a change of sign and half a wavelength, whole wavelengths."
+        half, odd = divmod(self.num_points, 2 * self.forcing_wavenumber)
+        if odd:
+            raise InputError(
+                f"half a wavelength of the forcing is not a whole number of the {self.num_points} points: the grid has no such symmetry"
+            )
+        flip = lambda x: np.roll(np.flip(x, -1), 1, -1)  # about a grid point, where the forcing is even
+        for _ in range(rng.integers(4)):
+            omega = flip(np.swapaxes(omega, -1, -2))
+        if rng.integers(2):
+            omega = -np.roll(flip(omega), (half, half), (-2, -1))
+        return np.roll(omega, tuple(2 * half * rng.integers(0, self.forcing_wavenumber, 2)), (-2, -1))
+
 # %% ../nbs/01_simulate.ipynb #19241e6b
 @dataclass(frozen=True)
 class DecayingTurbulence(AbstractTurbulence):

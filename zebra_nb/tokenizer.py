@@ -391,11 +391,11 @@ class TokenDataset:
                 f"'{self.path}' was made by tokenizer {self.tokenizer_hash}, not by {tokenizer.hash}: use its own tokenizer, or tokenize again"
             )
 
-    def pairs(self) -> Int[np.ndarray, "n two l"]:
-        "Rows of consecutive frames of the same trajectory; raises `InputError` when there are none."
-        step = np.diff(self.time)
-        follows = (np.diff(self.trajectory) == 0) & (np.abs(step - self.dt) < 0.1 * self.dt)
-        first = np.flatnonzero(follows)
+    def windows(self, n: int) -> Int[np.ndarray, "m n l"]:
+        "Rows of `n` consecutive frames of the same trajectory; raises `InputError` when there are none."
+        follows = (np.diff(self.trajectory) == 0) & (np.abs(np.diff(self.time) - self.dt) < 0.1 * self.dt)
+        breaks = np.concatenate([[0], np.cumsum(~follows)])
+        first = np.flatnonzero(breaks[n - 1 :] == breaks[: len(breaks) - n + 1])
         if len(first) == 0:
-            raise InputError(f"'{self.path}' has no two consecutive frames: tokenize a longer trajectory")
-        return np.stack([self.indices_flat[first], self.indices_flat[first + 1]], axis=1)
+            raise InputError(f"'{self.path}' has no {n} consecutive frames: tokenize a longer trajectory")
+        return self.indices_flat[first[:, None] + np.arange(n)]

@@ -55,6 +55,7 @@ class TrainConfig(AbstractConfig):
     weight_decay: float = 1e-4  # on matrices and kernels, not on biases and scales
     clip_norm: float = 1.0  # of the global gradient
     accumulate: int = 1  # micro-batches per step
+    average: float = 0.0  # decay of a moving average of the weights, which is then what is validated and kept; 0: none
     precision: str = "float32"  # of the computation: "float32", "bfloat16", or "auto": bfloat16 unless on a CPU
     validate_every: int = 500  # steps; also at the end
     checkpoint_every: int = 1000  # steps; also at the end
@@ -64,6 +65,8 @@ class TrainConfig(AbstractConfig):
     def __post_init__(self):
         if self.precision not in ("float32", "bfloat16", "auto"):
             raise InputError(f"precision is 'float32', 'bfloat16' or 'auto', not {self.precision!r}")
+        if not 0 <= self.average < 1:
+            raise InputError(f"average is {self.average}: give a decay of at least 0 and less than 1")
 
     @property
     def half(self) -> bool:
@@ -94,18 +97,25 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 # %% ../nbs/03_training.ipynb #f2ace51a
 class TrainState(eqx.Module):
-    "All that a run needs to go on: model, optimiser state, steps done."
+    "All that a run needs to go on: model, optimiser state, steps done, and the averaged weights if they are wanted."
 
     model: AbstractModel
     opt_state: Any
     step: Array
+    average: Any = None
 
     @classmethod
     def create(cls, model: AbstractModel, config: TrainConfig) -> "TrainState":
         "The state before the first step."
         strong = lambda x: jnp.asarray(x, x.dtype) if eqx.is_array(x) else x  # a weak type would compile the step twice
         model = jax.tree.map(strong, model)
-        return cls(model, optimizer(config).init(eqx.filter(model, trainable(model))), jnp.zeros((), jnp.int32))
+        params = eqx.filter(model, trainable(model))
+        return cls(model, optimizer(config).init(params), jnp.zeros((), jnp.int32), params if config.average else None)
+
+    @property
+    def result(self) -> AbstractModel:
+        "The model, with averaged weights if there are any."
+        return self.model if self.average is None else eqx.combine(self.average, self.model)
 
 # %% ../nbs/03_training.ipynb #06ff4ad3
 def _add(a: Any, b: Any) -> Any:
@@ -152,7 +162,12 @@ def make_step(
         if aux.statistics is not None:
             model = model.absorb(aux.statistics)
         metrics = {"loss": value, **aux.metrics, "grad_norm": optax.global_norm(grads)}
-        return TrainState(model, opt_state, state.step + 1), metrics
+        average = state.average
+        if average is not None:  # the first steps are forgotten sooner
+            decay = jnp.minimum(config.average, (1 + state.step) / (10 + state.step))
+            now = eqx.filter(model, trainable(model))
+            average = jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, average, now)
+        return TrainState(model, opt_state, state.step + 1, average), metrics
 
     return step
 
@@ -314,6 +329,7 @@ def fit(
     train: Any,  # train[step] is the batch of that step
     *,
     valid: Any = (),  # a few held-out batches
+    valid_loss: typing.Callable | None = None,  # what is measured on them; `loss` when None
     config: TrainConfig = TrainConfig(),
     out: str
     | Path
@@ -328,7 +344,11 @@ def fit(
     "Trains `model` for `config.max_steps` steps; returns it with the run's history. Raises `InputError` if the loss stops being finite."
     out = None if out is None else Path(out)
     _refuse_to_overwrite(out, resume)
-    state, step, validate = TrainState.create(model, config), make_step(loss, config), make_validation(loss)
+    state, step, validate = (
+        TrainState.create(model, config),
+        make_step(loss, config),
+        make_validation(valid_loss or loss),
+    )
     checkpoints = None if out is None else Checkpoints(out / "checkpoints")
     state = (checkpoints.restore(state) if resume and checkpoints else None) or state
     start = int(state.step)
@@ -348,7 +368,7 @@ def fit(
             if log:
                 row = {"step": i, **seen[-1], "seconds": round(time.perf_counter() - began, 3), **meter.look(i)}
                 if due(i, config.validate_every):
-                    row |= validate(state.model, valid)
+                    row |= validate(state.result, valid)
                     meter.look(i)  # validation is not training
                 history.append(row)
                 bar.set_postfix(
@@ -362,7 +382,7 @@ def fit(
             if keep:
                 checkpoints.save(state)
             bar.update()
-    model = finish(state.model)
+    model = finish(state.result)
     if checkpoints:
         checkpoints.close()
         save(
