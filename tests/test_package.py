@@ -67,7 +67,7 @@ predictor = NextScalePredictor.from_pretrained("turbulence-64")
 x = np.sin(4 * np.linspace(0, 2 * np.pi, 64, endpoint=False))
 tokens = tokenizer.encode(8 * x[:, None] * x)
 assert tokens.shape == (341,) and tokenizer.bits_per_frame <= 9 * 341
-assert predictor.generate(tokens, key=jax.random.key(0)).shape == (341,)
+assert predictor.generate(np.stack([tokens, tokens]), key=jax.random.key(0)).shape == (341,)
 try:
     VQVAETokenizer.from_pretrained("user/name")
 except InputError as e:

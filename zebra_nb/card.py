@@ -19,8 +19,9 @@ import numpy as np
 
 import zebra_nb
 from .core import AbstractModel, InputError, content_hash, count_parameters, dotted, write_atomically
-from .evaluation import BITS_PER_NUMBER, LABELS, json_ready, lead_steps
+from .evaluation import BITS_PER_NUMBER, json_ready
 from .metrics import compression_ratio, entropy, fourier_truncation, mse, relative_l2, ssim, token_counts
+from .rollouts import LABELS, lead_steps
 from .tokenizer import LOUDEST, VQVAETokenizer
 
 # %% ../nbs/09b_card.ipynb #f22d59a7
@@ -254,8 +255,9 @@ from zebra_nb.nsp import NextScalePredictor
 
 predictor = NextScalePredictor.from_pretrained("{name}")
 sizes = [s.stop - s.start for s in predictor.config.slices]
-tokens = jnp.repeat(jnp.array(predictor.config.offsets), jnp.array(sizes))  # or tokenizer.encode(field)
-following = predictor.generate(tokens, key=jax.random.key(0))  # {model.config.slices[-1].stop} tokens of the next frame
+frame = jnp.repeat(jnp.array(predictor.config.offsets), jnp.array(sizes))
+context = jnp.stack([frame] * predictor.config.n_context)  # or tokenizer.encode(fields), of the last {model.config.n_context} frames
+following = predictor.generate(context, key=jax.random.key(0))  # {model.config.slices[-1].stop} tokens of the next frame
 ```
 
 Its tokens are those of the tokenizer with hash `{show(model.config.tokenizer_hash)}`, and of no other."""

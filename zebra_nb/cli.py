@@ -148,13 +148,16 @@ def train_nsp(
     n_layer: int = 6,  # transformer blocks
     n_head: int = 8,  # attention heads
     n_embd: int = 256,  # width
-    context_queries: bool = True,  # queries carry the present frame's token at their place
+    n_context: int = 2,  # present and earlier frames that are looked at
+    context_queries: bool = True,  # queries carry what is known of both frames around their place
     epochs: float = 50.0,  # passes over the training pairs
     max_steps: int | None = None,  # instead of epochs
     batch_size: int = 16,  # pairs per step
-    lr: float = 3e-4,  # peak learning rate
-    optimizer: Literal["lion", "adamw", "adafactor"] = "lion",
-    weight_decay: float = 0.01,  # on matrices
+    lr: float = 1e-3,  # peak learning rate
+    optimizer: Literal["lion", "adamw", "adafactor"] = "adamw",
+    weight_decay: float = 0.05,  # on matrices
+    average: float = 0.0,  # decay of a moving average of the weights, which is then what is kept; 0: none
+    substitution: float = 0.0,  # share of the context's tokens replaced by others of the same place, against the drift of long rollouts
     seed: int = 0,  # of weights and batches
     resume: bool = False,  # go on with the run in --out
 ) -> None:
@@ -168,11 +171,13 @@ def train_nsp(
         lr=lr,
         optimizer=optimizer,
         weight_decay=weight_decay,
+        average=average,
         seed=seed,
     )
     _, history = pipeline.train_nsp(
         tokens_path, vqvae_checkpoint, how, out=out, epochs=None if max_steps else epochs, resume=resume,
-        n_layer=n_layer, n_head=n_head, n_embd=n_embd, context_queries=context_queries,
+        n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_context=n_context, context_queries=context_queries,
+        loss=dict(substitution=substitution),
     )  # fmt: skip
     print(
         f"wrote {out / 'model.safetensors'}: {history[-1].get('valid_bits', float('nan')):.0f} bits per held-out frame"
@@ -186,10 +191,13 @@ def eval_nsp(
     field: str | None = None,  # name of the field in the files
     n_samples: int = 4,  # start frames
     n_steps: int = 100,  # frames to forecast
+    n_ensemble: int = 1,  # forecasts from each start frame
     temperature: str = "1.0",  # a positive number, or "greedy"
     top_k: int | None = None,  # sample from the likeliest k only
     top_p: float | None = None,  # sample from the fewest that reach this probability
     seed: int = 0,  # of the sampling
+    tokens_path: Path
+    | None = None,  # the folder of training tokens: how many generated ones were never seen at their place?
 ) -> None:
     "Roll out a predictor from held-out frames and write metrics, video and report."
     from zebra_nb import pipeline
@@ -197,7 +205,8 @@ def eval_nsp(
     out = Path(nsp_checkpoint) / "eval" if out is None else out
     metrics = pipeline.evaluate_nsp(
         nsp_checkpoint, pipeline.split_fields(data_dir, field), out=out, n_samples=n_samples, n_steps=n_steps,
-        temperature=parse_temperature(temperature), top_k=top_k, top_p=top_p, seed=seed,
+        n_ensemble=n_ensemble, temperature=parse_temperature(temperature), top_k=top_k, top_p=top_p, seed=seed,
+        tokens_path=tokens_path,
     )  # fmt: skip
     print(pipeline.summary(metrics) + f"\n\nwrote {out / 'report.html'}")
 

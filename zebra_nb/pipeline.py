@@ -26,6 +26,7 @@ from .core import AbstractConfig, InputError, Normalizer, create, load, read_hea
 from .data import FieldDataset, Splits, batches, open_fields
 from .nsp import NextScalePredictor, nsp_loss, training_flop
 from .quantizer import QuantizerConfig
+from .sampling import Temperature, check_sampling
 from .tokenizer import TokenDataset, VQVAETokenizer
 from .training import History, TrainConfig, fit
 from .vqvae import AbstractVQVAE2d, VARVQVAE2d, VQVAE2d, VQVAEConfig, vqvae_loss
@@ -164,6 +165,7 @@ def train_nsp(
     out: str | Path,
     epochs: float | int | None = None,  # instead of `how.max_steps`
     resume: bool = False,
+    loss: dict[str, Any] | None = None,  # options of `nsp_loss`: scale_weights, substitution
     **size,  # of the transformer: n_layer, n_head, n_embd, …
 ) -> tuple[NextScalePredictor, History]:
     "Trains a next-scale predictor on a folder of token files; stores the tokenizer beside it."
@@ -171,11 +173,13 @@ def train_nsp(
     train, valid = (TokenDataset(folder / f"{name}.npz") for name in ("train", "valid"))
     tokenizer = tokenizer_of(train, vqvae_checkpoint)
     valid.check(tokenizer)
-    pairs = train.pairs()
+    config = tokenizer.nsp_config(**size)
+    pairs, held = (tokens.windows(config.n_context + 1) for tokens in (train, valid))
     how = with_epochs(how, epochs, len(pairs))
-    model = create(NextScalePredictor, tokenizer.nsp_config(**size), tokenizer.codebook, key=jax.random.key(how.seed))
+    model = create(NextScalePredictor, config, tokenizer.codebook, key=jax.random.key(how.seed))
     model, history = fit(
-        model, nsp_loss, batches(pairs, how.batch_size, seed=how.seed), valid=held_out(valid.pairs(), how.batch_size, 32),
+        model, functools.partial(nsp_loss, **(loss or {})), batches(pairs, how.batch_size, seed=how.seed),
+        valid=held_out(held, how.batch_size, 32), valid_loss=nsp_loss,
         config=how, out=out, resume=resume, record={"tokenizer": tokenizer.hash}, desc="training predictor",
         per_sample={"tokens": pairs[0].shape[-1], "flop": training_flop(model.config)},
     )  # fmt: skip
@@ -207,30 +211,40 @@ def evaluate_nsp(
     out: str | Path,
     n_samples: int = 4,  # start frames
     n_steps: int = 20,  # frames to forecast
-    temperature: float | int | str = 1.0,
+    n_ensemble: int = 1,  # forecasts from each start frame
+    temperature: Temperature = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    tokens_path: str | Path | None = None,  # the folder with train.npz: how many tokens were never seen at their place?
+    system: Any = None,  # the simulated system behind the data, for the row of the true solver and the dissipation
     title: str = "Forecast of held-out fields",
     command: str = "",  # what made it, for the report
     more: tuple = (),  # sections to add to the report, or functions that make one of the rollout
 ) -> dict[str, Any]:
     "Rolls out the predictor from test frames; writes `metrics.json`, `rollout.mp4` and `report.html`; returns the metrics."
-    from zebra_nb.evaluation import evaluate, rollout, write_metrics
+    from zebra_nb.evaluation import evaluate, write_metrics
     from zebra_nb.figures import save_video
-    from zebra_nb.nsp import check_sampling
     from zebra_nb.report import rollout_sections, write_report
+    from zebra_nb.rollouts import rollout
+    from zebra_nb.scores import seen_tokens
 
     check_sampling(temperature, top_k, top_p)
     model, tokenizer = load_predictor(checkpoint)
     out = Path(out)
-    run = rollout(
-        tokenizer, model, data.test, n_samples=n_samples, n_steps=n_steps, key=jax.random.key(seed),
-        temperature=temperature, top_k=top_k, top_p=top_p,
-    )  # fmt: skip
     sample = data.train.frames(0, 0, None, max(1, data.train.lengths[0] // 200))
-    metrics = evaluate(run, tokenizer, reference=sample)
-    metrics["sampling"] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    run = rollout(
+        tokenizer, model, data.test, n_samples=n_samples, n_steps=n_steps, n_ensemble=n_ensemble, key=jax.random.key(seed),
+        temperature=temperature, top_k=top_k, top_p=top_p, reference=sample, advance=system and system.advance(),
+    )  # fmt: skip
+    seen = None
+    if tokens_path is not None:
+        train = TokenDataset(Path(tokens_path) / "train.npz")
+        train.check(tokenizer)
+        seen = seen_tokens(train.indices_flat, sum(tokenizer.scale_vocab_sizes))
+    viscosity = 1 / system.reynolds if hasattr(system, "reynolds") else None
+    metrics = evaluate(run, tokenizer, predictor=model, reference=sample, seen=seen, viscosity=viscosity)
+    metrics["sampling"] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, n_ensemble=n_ensemble)
     write_metrics(out / "metrics.json", metrics)
     film = save_video(out / "rollout.mp4", run)
     about = dict(predictor=model.config.to_dict(), tokenizer=tokenizer.config.to_dict(), sampling=metrics["sampling"])
@@ -243,8 +257,8 @@ def evaluate_nsp(
 
 def summary(metrics: dict[str, Any]) -> str:
     "The questions with their answers, and the errors at a few steps, as text."
-    from zebra_nb.evaluation import LABELS, lead_steps
     from zebra_nb.report import questions_of
+    from zebra_nb.rollouts import LABELS, lead_steps
 
     words, steps = {True: "yes", False: "no", None: "unknown"}, lead_steps(metrics["known_steps"])
     lines = [f"{a.question}\n  {words[a.yes]}: {a.because}" for a in questions_of(metrics)]
@@ -263,10 +277,11 @@ class DemoConfig(AbstractConfig):
     n_frames: int = 2000  # simulated
     vqvae_steps: int = 1300  # of batch 8
     nsp_steps: int = 450  # of batch 8
-    n_embd: int = 96  # width of the predictor
+    n_embd: int = 128  # width of the predictor
     n_layer: int = 2  # its depth
     n_samples: int = 4  # start frames of the rollout
     n_steps: int = 20  # frames forecast
+    n_ensemble: int = 4  # forecasts from each start frame
     temperature: float = 0.3  # of the sampling; far below 1 because the demo asks for accuracy, not for variety
 
 
@@ -326,11 +341,10 @@ def demo(
         split_fields(data_dir)  # complain before anything is written
     _claim(out, {"data_dir": data_dir and str(data_dir), "seed": seed, "size": size.to_dict()})
     if not own:
-        data_dir = out / "fields.h5"
-        if not data_dir.exists():
-            from zebra_nb.simulate import ForcedTurbulence, simulate
+        from zebra_nb.simulate import ForcedTurbulence, simulate
 
-            system = ForcedTurbulence(num_points=size.num_points)
+        data_dir, system = out / "fields.h5", ForcedTurbulence(num_points=size.num_points)
+        if not data_dir.exists():
             simulate(system, size.n_frames, key=jax.random.key(seed), spin_up=system.spin_up_frames, path=data_dir)
     data = split_fields(data_dir)
     watch.lap("fields")
@@ -343,10 +357,9 @@ def demo(
     how = TrainConfig(
         max_steps=size.nsp_steps,
         batch_size=8,
-        lr=1e-3,
-        optimizer="lion",
-        weight_decay=0.01,
-        warmup_steps=30,
+        lr=3e-3,
+        weight_decay=0.05,
+        warmup_steps=50,
         validate_every=50,
         seed=seed,
     )
@@ -363,6 +376,7 @@ def demo(
     watch.lap("train predictor")
     metrics = evaluate_nsp(
         out / "nsp", data, out=out, n_samples=size.n_samples, n_steps=size.n_steps, temperature=size.temperature, seed=seed,
+        tokens_path=out / "tokens", system=None if own else system, n_ensemble=size.n_ensemble,
         title="zebra_nb demo: from a field to a forecast",
         more=(functools.partial(pretrained_section, data=data, seed=seed), training_section(vqvae_history, nsp_history, watch)),
         command="zebra-nb demo" + (f" --data_dir {data_dir}" if own else "") + f" --out {out} --seed {seed}",
@@ -378,9 +392,9 @@ PRETRAINED = "turbulence-64"  # the models that come with the package
 
 def pretrained_section(run: Any, *, data: Splits, seed: int = 0):
     "The forecast of the package's own models from the same start frames; None where the fields are not theirs."
-    from zebra_nb.evaluation import LABELS, lead_steps, rollout
     from zebra_nb.figures import plot_rollout
     from zebra_nb.report import Section, table
+    from zebra_nb.rollouts import LABELS, lead_steps, rollout
 
     tokenizer = VQVAETokenizer.from_pretrained(PRETRAINED)
     if tokenizer.field_shape != run.truth.shape[2:] or not 0.5 < tokenizer.loudness(run.truth[:, 0]) < 2:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STYLE', 'paragraph', 'code_block', 'number', 'table', 'data_uri', 'picture', 'video', 'side_by_side', 'Answer',
            'worth_its_bits', 'worth_listening', 'questions_of', 'answers', 'Section', 'part', 'write_report',
-           'summary_section', 'film_section', 'error_section', 'flow_section', 'token_section', 'settings',
-           'provenance_section', 'rollout_sections']
+           'summary_section', 'film_section', 'error_section', 'flow_section', 'ensemble_section', 'token_section',
+           'settings', 'provenance_section', 'rollout_sections']
 
 # %% ../nbs/08b_report.ipynb #1ae34fe5
 import base64
@@ -18,9 +18,18 @@ from pathlib import Path
 
 from . import __version__
 from .core import dotted, write_atomically
-from .evaluation import LABELS, Rollout, beats_persistence, lead_steps
-from .figures import plot_errors, plot_rollout, plot_spectra, plot_tokens, plot_usage, quantity
+from zebra_nb.figures import (
+    plot_errors,
+    plot_ranks,
+    plot_rollout,
+    plot_series,
+    plot_spectra,
+    plot_tokens,
+    plot_usage,
+    quantity,
+)
 from .metrics import token_counts
+from .rollouts import LABELS, Rollout, beats_persistence, lead_steps
 
 # %% ../nbs/08b_report.ipynb #3578999c
 def paragraph(text: str) -> str:
@@ -288,7 +297,14 @@ def error_section(metrics: dict[str, typing.Any]) -> Section:
         picture(draw("relative_l2", "relative L2 error"), "Relative L2 error against lead time", kind="svg"),
         picture(draw("ssim", "structural similarity"), "Structural similarity against lead time", kind="svg"),
     ]
-    return Section("Error against lead time", [paragraph(text), side_by_side(*pictures)])
+    rows = [
+        [LABELS[name], error, metrics["correlation_steps"][name], *metrics["band_errors"][name][-1]]
+        for name, error in metrics["trajectory_relative_l2"].items()
+    ]
+    bands = [f"k {a}" if a == b else f"k {a} to {b}" for a, b in metrics["band_errors"]["bands"]]
+    header = ["", "relative L2 of the trajectory", "correlation time [steps]", *bands]
+    caption = f"Whole trajectories; the first step with a correlation under 0.8; and the relative L2 error of each band of wavenumbers at step {metrics['known_steps']}."
+    return Section("Error against lead time", [paragraph(text), side_by_side(*pictures), table(header, rows, caption)])
 
 # %% ../nbs/08b_report.ipynb #327968d8
 def flow_section(metrics: dict[str, typing.Any]) -> Section:
@@ -303,6 +319,10 @@ def flow_section(metrics: dict[str, typing.Any]) -> Section:
         pictures = [
             picture(plot_spectra(flow, kind), alt.format(kind, channel), kind="svg") for kind in flow["spectra"]
         ]
+        if "series" in flow:
+            kept = {k: v for k, v in flow["series"].items() if k != "dissipation"}
+            series = [plot_series(v, kind, dt=metrics["dt"]) for kind, v in kept.items()]
+            pictures += [picture(s, f"{k} against time ({channel})", kind="svg") for s, k in zip(series, kept)]
         parts.append(side_by_side(*pictures))
         kinds = list(next(iter(flow["spectrum_errors"].values())))
         header = [
@@ -310,14 +330,47 @@ def flow_section(metrics: dict[str, typing.Any]) -> Section:
             *(f"spectrum, {k.replace('log_', 'log ')}" for k in kinds),
             "values, W1",
             "values, JS [bits]",
+            *(f"{k} / truth" for k in flow.get("ratios", {}).get("forecast", {})),
         ]
         rows = [
-            [LABELS[n], *e.values(), flow["histogram_distances"][n]["w1"], flow["histogram_distances"][n]["js"]]
+            [
+                LABELS[n],
+                *e.values(),
+                flow["histogram_distances"][n]["w1"],
+                flow["histogram_distances"][n]["js"],
+                *flow.get("ratios", {}).get(n, {}).values(),
+            ]
             for n, e in flow["spectrum_errors"].items()
         ]
         caption = "Spectra: summed difference over the sum; log: mean distance in decades per shell. Values: one-point histograms, W1 in the unit of the field."
         parts.append(table(header, rows, caption))
+        alive = metrics["survival"][channel]
+        text = f"After {len(alive['survival']) * alive['window']} steps {alive['survival'][-1]:.0%} of the forecasts are still on the attractor: the W1 distance of the values of each window of {alive['window']} frames from the data's has stayed below {number(alive['limit'])}, twice the round trip's."
+        parts.append(paragraph(text))
     return Section("Spectra and values", parts)
+
+
+def ensemble_section(metrics: dict[str, typing.Any]) -> Section | None:
+    "How good the ensemble is, and whether it knows how good; None without one."
+    if "ensemble" not in metrics:
+        return None
+    parts = [
+        paragraph(
+            "The fair CRPS of the ensemble beside the mean absolute error of single forecasts, which is their CRPS; spread over the error of the mean, which is 1 for a reliable ensemble; and the ranks of the truth among the members, which are equally frequent for one."
+        )
+    ]
+    steps = lead_steps(metrics["known_steps"])
+    for channel, found in metrics["ensemble"].items():
+        rows = [
+            [{"ensemble": f"ensemble of {found['n_ensemble']}"}.get(n) or LABELS[n], *(e[s - 1] for s in steps)]
+            for n, e in found["crps"].items()
+        ]
+        rows.append(["spread / skill", *(found["spread_skill"][s - 1] for s in steps)])
+        parts += [
+            table([f"CRPS at step ({channel})", *map(str, steps)], rows),
+            picture(plot_ranks(found["ranks"]), f"Ranks of the truth among the members ({channel})", kind="svg"),
+        ]
+    return Section("What the ensemble knows", parts)
 
 # %% ../nbs/08b_report.ipynb #dc48fe0e
 def token_section(rollout: Rollout, metrics: dict[str, typing.Any], tokenizer: typing.Any) -> Section:
@@ -359,7 +412,18 @@ def token_section(rollout: Rollout, metrics: dict[str, typing.Any], tokenizer: t
             kind="svg",
         ),
     ]
-    return Section("Tokens", [cost, *pictures, table(header, rows, caption)])
+    likely, unseen = metrics.get("likelihood"), metrics.get("unseen")
+    facts = []
+    if likely:
+        facts.append(
+            f"Given the present frame, the true next one costs {number(likely['bits_per_frame'])} bits, {number(likely['bits_per_token'])} per predicted token."
+        )
+    if unseen:
+        facts.append(
+            f"{unseen['forecast']:.2%} of the generated tokens never occur at their place in the training data; of the held-out data's own, {unseen['data']:.2%}."
+        )
+    parts = [cost, *map(paragraph, facts), *pictures, table(header, rows, caption)]
+    return Section("Tokens", parts)
 
 # %% ../nbs/08b_report.ipynb #5493736a
 def settings(configuration: dict[str, typing.Any]) -> list[list[str]]:
@@ -385,9 +449,13 @@ def rollout_sections(
     command: str = "",
     configuration: dict[str, typing.Any] | None = None,
 ) -> list[Section]:
-    "The sections of a rollout's report: answers, film, errors, spectra, tokens, training, provenance."
+    "The sections of a rollout's report: answers, film, errors, spectra, ensemble, tokens, training, provenance."
     sections = [summary_section(metrics, questions), film_section(rollout, film), error_section(metrics)]
-    sections += [flow_section(metrics), token_section(rollout, metrics, tokenizer)]
+    sections += [
+        flow_section(metrics),
+        *filter(None, [ensemble_section(metrics)]),
+        token_section(rollout, metrics, tokenizer),
+    ]
     if histories:
         plots = [
             picture(h.plot(), f"Training of the {name}: loss against step", kind="svg") for name, h in histories.items()

@@ -12,9 +12,9 @@ import io
 import typing
 
 from .core import InputError
-from .evaluation import Rollout
 from .figures import Painter, plot_rollout
 from .metrics import perplexity, token_counts, usage
+from .rollouts import Rollout
 
 # %% ../nbs/09_viewer.ipynb #a04bb00e
 def import_widgets():
