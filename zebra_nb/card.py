@@ -280,8 +280,9 @@ def describe(model: VQVAETokenizer | AbstractModel) -> tuple[str, str]:
     "A description of the model, and its limitations."
     if isinstance(model, AbstractModel):
         config = model.config
+        seen = "a frame" if config.n_context == 1 else f"each of the last {config.n_context} frames"
         return (
-            f"A next-scale predictor: given the {config.slices[-1].stop} tokens of a frame, it draws those of the next one, scale by scale ({show(config.scales)}), with a transformer of width {config.n_embd} and depth {config.n_layer}.",
+            f"A next-scale predictor: given the {config.slices[-1].stop} tokens of {seen}, it draws those of the next one, scale by scale ({show(config.scales)}), with a transformer of width {config.n_embd} and depth {config.n_layer}.",
             "It knows the tokens of one tokenizer and one time step. A forecast is a sample: it drifts from the truth with every step, and a spectrum that looks right does not make it a right forecast. It cannot be better than its tokenizer's round trip.",
         )
     (c, h, w), scales = model.field_shape, len(model.scales)
