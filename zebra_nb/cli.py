@@ -201,12 +201,13 @@ def eval_nsp(
 ) -> None:
     "Roll out a predictor from held-out frames and write metrics, video and report."
     from zebra_nb import pipeline
+    from zebra_nb.simulate import system_of
 
     out = Path(nsp_checkpoint) / "eval" if out is None else out
     metrics = pipeline.evaluate_nsp(
         nsp_checkpoint, pipeline.split_fields(data_dir, field), out=out, n_samples=n_samples, n_steps=n_steps,
         n_ensemble=n_ensemble, temperature=parse_temperature(temperature), top_k=top_k, top_p=top_p, seed=seed,
-        tokens_path=tokens_path,
+        tokens_path=tokens_path, system=system_of(data_dir),
     )  # fmt: skip
     print(pipeline.summary(metrics) + f"\n\nwrote {out / 'report.html'}")
 

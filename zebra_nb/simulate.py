@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['velocity_spectrum', 'to_fine_grid', 'from_fine_grid', 'VorticityFlux', 'VorticityStepper', 'AbstractSystem',
            'random_field', 'AbstractTurbulence', 'ForcedTurbulence', 'DecayingTurbulence', 'DampedWaveStepper',
-           'WaveEquation', 'march', 'lay_out', 'starting_state', 'simulate']
+           'WaveEquation', 'march', 'lay_out', 'starting_state', 'simulate', 'system_of']
 
 # %% ../nbs/01_simulate.ipynb #e6c19260
 import abc
 import contextlib
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -394,3 +395,25 @@ def simulate(
             for c, field in enumerate(fields):
                 field[i] = frame[c]
     return out if path is None else Path(path)
+
+# %% ../nbs/01_simulate.ipynb #2ab111c8
+def system_of(
+    path: str | Path,  # a file
+) -> AbstractSystem | None:
+    "The system whose simulation the file holds; None where `simulate` did not write it."
+    import h5py
+
+    try:
+        with h5py.File(path) as file:
+            found = {k: v.item() if v.ndim == 0 else tuple(v.tolist()) for k, v in _attributes(file).items()}
+    except (OSError, KeyError):
+        return None
+    kinds = {cls.__name__: cls for cls in (ForcedTurbulence, DecayingTurbulence, WaveEquation)}
+    cls = kinds.get(found.get("system"))
+    if cls is None:
+        return None
+    return cls(**{f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found})
+
+
+def _attributes(file) -> dict[str, np.ndarray]:
+    return {k: np.asarray(v) for k, v in file["metadata"].attrs.items()}
