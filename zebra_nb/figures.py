@@ -154,8 +154,8 @@ def plot_series(
             ax.plot(time, values, label=LABELS[name], **STYLES[name])
     units = dict(energy="length²/time²", enstrophy="1/time²", dissipation="length²/time³")
     ax.set(xlabel="lead time [steps]" if dt is None else "lead time [time]", ylabel=f"{kind} [{units[kind]}]")
-    ax.set_ylim(bottom=0)
-    ax.legend(frameon=False, fontsize="small", ncols=2)
+    ax.set_ylim(0, 1.25 * max(np.max(values) for values in series.values()))
+    ax.legend(frameon=False, fontsize="small", ncols=2, loc="lower right")
     return ax
 
 # %% ../nbs/08a_figures.ipynb #fbe99c17
