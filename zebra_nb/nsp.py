@@ -57,6 +57,9 @@ class NSPConfig(AbstractConfig):
     )  # logits also through features of the code vectors: near codes get near logits
     rotary: bool = added(True, before=False)  # queries and keys are turned by their places
     query_attention: bool = added(False)  # the queries of a scale look at each other
+    fused_attention: bool = added(
+        False
+    )  # by cuDNN, on a GPU in half precision; needs heads whose width is a multiple of 8
     checkpoint: bool = added(False)  # recompute activations in the backward pass: less memory, a third more time
     tokenizer_hash: str = ""  # of the tokenizer whose tokens this predicts
 
@@ -70,6 +73,10 @@ class NSPConfig(AbstractConfig):
         if self.rotary and self.n_embd % (4 * self.n_head):
             raise InputError(
                 f"rotary positions need heads whose width is a multiple of 4, not {self.n_embd // self.n_head}"
+            )
+        if self.fused_attention and self.n_embd % (8 * self.n_head):
+            raise InputError(
+                f"fused attention needs heads whose width is a multiple of 8, not {self.n_embd // self.n_head}"
             )
         if self.n_context < 1:
             raise InputError(f"n_context is {self.n_context}: give at least 1")
@@ -275,7 +282,8 @@ class NextScalePredictor(AbstractModel):
         self.config, self.norm = config, LayerNorm(config.n_embd)
         self.embed = TokenEmbedding(config, codebook, key=k1)
         self.blocks = tuple(
-            Block(config.n_embd, config.n_head, config.n_layer, key=k) for k in jax.random.split(k2, config.n_layer)
+            Block(config.n_embd, config.n_head, config.n_layer, fused=config.fused_attention, key=k)
+            for k in jax.random.split(k2, config.n_layer)
         )
         sizes = [config.scale_vocab_sizes[i] for i in config.predicted]
         self.heads = tuple(dense(k, config.n_embd, v, 0.1) for k, v in zip(jax.random.split(k3, len(sizes)), sizes))

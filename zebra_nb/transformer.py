@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['centres', 'position_features', 'rotary_angles', 'rotate', 'dense', 'neighbourhood', 'LayerNorm', 'Convolutions',
-           'Block', 'joined']
+           'attention', 'Block', 'joined']
 
 # %% ../nbs/06a_transformer.ipynb #d60ee7c7
 import equinox as eqx
@@ -101,6 +101,25 @@ class Convolutions(eqx.Module):
         return x.T.reshape(-1, *grid)
 
 # %% ../nbs/06a_transformer.ipynb #8960df4f
+def attention(
+    q: Float[Array, "n heads size"],
+    k: Float[Array, "m heads size"],
+    v: Float[Array, "m heads size"],
+    mask=None,  # (n, m)
+    *,
+    fused: bool = False,  # pad to even lengths, as cuDNN's kernel wants them, and use that on a GPU in half precision
+) -> Float[Array, "n heads size"]:
+    "Softmax attention of the rows behind `q` to those behind `k` and `v`."
+    if not fused:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+    n, m = len(q), len(k)
+    mask = jnp.ones((n, m), bool) if mask is None else mask
+    mask = jnp.pad(jnp.pad(mask, ((0, 0), (0, m % 2))), ((0, n % 2), (0, 0)), constant_values=True)  # no empty rows
+    q, k, v = (jnp.pad(x, ((0, len(x) % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    half = jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn" if half else None)[:n]
+
+
 class Block(eqx.Module):
     "Attention and MLP, each on normalised input and added to it."
 
@@ -111,10 +130,11 @@ class Block(eqx.Module):
     up: Float[Array, "e e5"]
     down: Float[Array, "e5 e"]
     heads: int = eqx.field(static=True)
+    fused: bool = eqx.field(static=True)
 
-    def __init__(self, width: int, heads: int, depth: int, *, key: PRNGKeyArray):
+    def __init__(self, width: int, heads: int, depth: int, *, fused: bool = False, key: PRNGKeyArray):
         k, small = jax.random.split(key, 5), (2 * depth) ** -0.5
-        self.norms, self.heads = (LayerNorm(width), LayerNorm(width)), heads
+        self.norms, self.heads, self.fused = (LayerNorm(width), LayerNorm(width)), heads, fused
         self.q, self.kv, self.out = (
             dense(k[0], width, width),
             dense(k[1], width, 2 * width),
@@ -142,7 +162,7 @@ class Block(eqx.Module):
     ) -> Float[Array, "n e"]:
         "The rows `x` after looking at the rows behind `kv` (where `mask`, if given, allows) and thinking it over."
         q = rotate(self.apart(self.norms[0](x) @ self.q), angles)
-        x = x + jax.nn.dot_product_attention(q, *kv, mask=mask).reshape(x.shape) @ self.out
+        x = x + attention(q, *kv, mask, fused=self.fused).reshape(x.shape) @ self.out
         return x + jax.nn.gelu(self.norms[1](x) @ self.up) @ self.down
 
 
