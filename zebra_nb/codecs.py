@@ -306,7 +306,7 @@ def token_bits(
     test_tokens: Int[Numbers, "m l"],
     *,
     predictor=None,  # a `NextScalePredictor` of these tokens
-    pairs: Int[Numbers, "p two l"] | None = None,  # consecutive test frames, for the predictor
+    pairs: Int[Numbers, "p c1 l"] | None = None,  # consecutive test frames, for the predictor: its context and the next
 ) -> dict[str, float]:
     "Bits per frame: `raw`, `empirical` (cross-entropy), `entropy` (of the test tokens) and, with `predictor` and `pairs`, `predictor`."
     learnt, met = (token_counts(np.asarray(t), tokenizer) for t in (train_tokens, test_tokens))
