@@ -405,15 +405,11 @@ def system_of(
 
     try:
         with h5py.File(path) as file:
-            found = {k: v.item() if v.ndim == 0 else tuple(v.tolist()) for k, v in _attributes(file).items()}
+            found = {k: np.asarray(v).tolist() for k, v in file["metadata"].attrs.items()}
     except (OSError, KeyError):
         return None
     kinds = {cls.__name__: cls for cls in (ForcedTurbulence, DecayingTurbulence, WaveEquation)}
     cls = kinds.get(found.get("system"))
     if cls is None:
         return None
-    return cls(**{f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found})
-
-
-def _attributes(file) -> dict[str, np.ndarray]:
-    return {k: np.asarray(v) for k, v in file["metadata"].attrs.items()}
+    return cls.from_dict({f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found})
