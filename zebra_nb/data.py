@@ -17,7 +17,8 @@ from fastcore.basics import patch
 from jaxtyping import Float
 
 from .core import InputError
-from .readers import AbstractReader, open_reader
+from .readers import AbstractReader
+from .sources import open_reader
 
 # %% ../nbs/02_data.ipynb #c4a2b18a
 def unbroken(
@@ -77,6 +78,12 @@ class FieldDataset:
         s = self.segments[i]
         return self.reader.times[s.trajectory][s.start : s.stop]
 
+    def parameters(self, i: int) -> dict[str, Any]:
+        "What the files say of trajectory `i`: a number for each name, or one per frame."
+        s = self.segments[i]
+        told = self.reader.parameters[s.trajectory] if self.reader.parameters else {}
+        return {n: v[s.start : s.stop] if np.ndim(v) else v for n, v in told.items()}
+
 # %% ../nbs/02_data.ipynb #f50b9086
 def _short(name: str) -> str:
     "`name` without folders and quotation marks."
@@ -91,12 +98,34 @@ def gaps(self: FieldDataset) -> list[str]:
     return [f"frames are missing between {name(a, a.stop - 1)} and {name(b, b.start)}" for a, b in both]
 
 
+def _facts(ds: FieldDataset) -> list[str]:
+    "What the files say beside the frames, a line each."
+    reader, lines = ds.reader, [f"recognised as {ds.reader.layout}"] if ds.reader.layout else []
+    names = [f"{n} in {u}" for n, u in zip(ds.channels, reader.units) if u]
+    lines += [f"units: {', '.join(names)}"] if names else []
+    told = {}
+    for i in range(len(ds)):
+        for n, v in ds.parameters(i).items():
+            told.setdefault(n, []).extend(np.ravel(v)[:: max(1, np.size(v) - 1)].tolist())
+    spans = [f"{n} {min(v):.4g}" + (f" to {max(v):.4g}" if max(v) > min(v) else "") for n, v in told.items()]
+    lines += [f"parameters: {', '.join(spans)}"] if spans else []
+    words = {n: f"{v:.6g}" if isinstance(v, float) else str(v) for n, v in reader.attributes.items()}
+    kept = sorted(
+        (n for n, v in words.items() if len(v) < 60), key=lambda n: not isinstance(reader.attributes[n], (str, dict))
+    )
+    lines += ["attributes: " + ", ".join(f"{n} {words[n]}" for n in kept[:8])] if kept else []
+    counts = {s: [reader.splits[t.trajectory] for t in ds.segments].count(s) for s in dict.fromkeys(reader.splits)}
+    lines += ["splits declared: " + ", ".join(f"{n} {k}" for n, k in counts.items() if k)] if counts else []
+    return lines
+
+
 @patch
 def _repr_markdown_(self: FieldDataset) -> str:
     c, h, w = self.field_shape
     count = f"{len(self)} trajector{'y' if len(self) == 1 else 'ies'}, {sum(self.lengths):,} frames of {c}×{h}×{w}"
     source = _short(f"'{self.reader.source}'")
-    head = f"**FieldDataset** {source}: {count} ({', '.join(self.channels)}), {self.dt:g} apart"
+    head = f"**FieldDataset** {source}: {count} ({', '.join(self.channels)}), {self.dt:g} apart\n"
+    head += "".join(f"\n- {line}" for line in _facts(self))
     head += "\n\n| trajectory | frames | first | last | time |\n|---|---|---|---|---|\n"
     rows = []
     for i, s in enumerate(self.segments[:8]):
@@ -111,13 +140,16 @@ def _repr_markdown_(self: FieldDataset) -> str:
 
 # %% ../nbs/02_data.ipynb #827b274f
 def open_fields(
-    path: Any,  # a file, a folder, a list of them, or an array (t, H, W) or (t, C, H, W)
-    field: str | Sequence[str] | None = None,  # which variables; `Omega` for .mat, everything under fields/ for HDF5
+    path: Any,  # a file, a folder, a pattern, a list of them, or an array (t, H, W) or (t, C, H, W)
+    field: str
+    | Sequence[str]
+    | None = None,  # which variables; `Omega` of snapshots, otherwise all that change in time
     *,
     dt: float | None = None,  # time between frames, in place of what the files say; 1 where they say nothing
+    axes: str | None = None,  # a letter per axis where the files do not say: n trajectory, t frame, c channel, h, w
 ) -> FieldDataset:
     "The dataset in the files: nothing is read yet but what its display needs."
-    return FieldDataset(open_reader(path, field, dt))
+    return FieldDataset(open_reader(path, field, dt, axes))
 
 # %% ../nbs/02_data.ipynb #320080bb
 @patch
@@ -137,6 +169,11 @@ class Statistics(NamedTuple):
 
     mean: Float[np.ndarray, " c"]
     std: Float[np.ndarray, " c"]
+
+    @property
+    def rms(self) -> Float[np.ndarray, " c"]:
+        "Root mean square: what a field is compared with when its mean has a meaning."
+        return np.hypot(self.mean, self.std)
 
 
 @patch
@@ -186,10 +223,13 @@ class Splits(NamedTuple):
 def _segments(ds: FieldDataset, shares: Sequence[float], gap: int | None, seed: int) -> list[list[Segment]]:
     "The segments of each part."
     runs = sorted({s.trajectory for s in ds.segments})
-    if all(share * len(runs) >= 1 - 1e-9 for share in shares if share):
-        order = np.random.default_rng(seed).permutation(runs)
-        chosen = [set(order[a:b].tolist()) for a, b in cut(0, len(runs), shares, gap=0)]
-        return [[s for s in ds.segments if s.trajectory in c] for c in chosen]
+    enough = lambda units: all(share * len(units) >= 1 - 1e-9 for share in shares if share)
+    together = {r: ds.reader.groups[r] for r in runs} if ds.reader.groups else {}
+    unit = together if enough(set(together.values())) and together else {r: r for r in runs}
+    if enough(units := sorted(set(unit.values()))):
+        order = np.random.default_rng(seed).permutation(units)
+        chosen = [set(order[a:b].tolist()) for a, b in cut(0, len(units), shares, gap=0)]
+        return [[s for s in ds.segments if unit[s.trajectory] in c] for c in chosen]
     parts = [[] for _ in shares]
     for run in runs:
         mine = [s for s in ds.segments if s.trajectory == run]
@@ -198,6 +238,19 @@ def _segments(ds: FieldDataset, shares: Sequence[float], gap: int | None, seed: 
             pieces = [Segment(run, max(s.start, lo), min(s.stop, hi)) for s in mine]
             part += [s for s in pieces if s.start < s.stop]
     return parts
+
+
+def _declared(ds: FieldDataset, shares: Sequence[float], gap: int | None, seed: int) -> list[list[Segment]]:
+    "The segments of the parts that the files declare; what they do not have is cut off the training part."
+    told = {n: [s for s in ds.segments if ds.reader.splits[s.trajectory] == n] for n in Splits._fields}
+    missing = [n for n, share in zip(Splits._fields, shares) if share and not told[n]]
+    if "train" in missing:
+        raise InputError(f"'{ds.reader.source}' declares splits, but no training part: pass what to train on")
+    if missing:
+        left = [share if n in ("train", *missing) else 0.0 for n, share in zip(Splits._fields, shares)]
+        cuts = _segments(FieldDataset(ds.reader, told["train"]), [share / sum(left) for share in left], gap, seed)
+        told |= {n: part for n, part in zip(Splits._fields, cuts) if n in ("train", *missing)}
+    return [told[n] if share else [] for n, share in zip(Splits._fields, shares)]
 
 
 @patch
@@ -215,7 +268,7 @@ def split(
     shares = (train, valid, test)
     if min(shares) < 0 or not 0 < sum(shares) <= 1 + 1e-9:
         raise InputError(f"shares {shares} cannot be split off: they must be positive and sum to at most 1")
-    parts = _segments(self, shares, gap, seed)
+    parts = (_declared if self.reader.splits else _segments)(self, shares, gap, seed)
     for name, share, part in zip(Splits._fields, shares, parts):
         longest = max((s.stop - s.start for s in part), default=0)
         if share and longest < at_least:
