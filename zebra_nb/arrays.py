@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIMENSIONS', 'NETCDF_SUFFIXES', 'NpyReader', 'npz_offset', 'NpzReader', 'NpySnapshotReader', 'axes_of',
-           'named_variable', 'ZarrReader', 'XarrayReader']
+           'named_variable', 'ZarrReader', 'engine', 'XarrayReader']
 
 # %% ../nbs/01d_arrays.ipynb #8db54603
 import functools
@@ -236,8 +236,18 @@ class ZarrReader(VariableReader):
             (".zarr", ".zarr.zip")
         )
 
-# %% ../nbs/01d_arrays.ipynb #900f53c8
+# %% ../nbs/01d_arrays.ipynb #80530a41
 NETCDF_SUFFIXES = (".nc", ".nc4", ".cdf", ".netcdf")
+
+
+def engine(
+    path: Path,  # a NetCDF file
+) -> str:
+    "Who reads it for xarray: version 4 is HDF5, the older ones are SciPy's. Both refuse damaged files, and quickly."
+    import h5py
+
+    os.stat(path)
+    return "h5netcdf" if h5py.is_hdf5(path) else "scipy"
 
 
 class XarrayReader(VariableReader):
@@ -251,7 +261,11 @@ class XarrayReader(VariableReader):
         with reading(path if isinstance(path, Path) else "the data set"):
             import xarray
 
-            ds = xarray.open_dataset(path, decode_times=False, cache=False) if isinstance(path, Path) else path
+            ds = (
+                xarray.open_dataset(path, engine=engine(path), decode_times=False, cache=False)
+                if isinstance(path, Path)
+                else path
+            )
             ds = ds.to_dataset(name=ds.name or "field") if isinstance(ds, xarray.DataArray) else ds
         source = str(path) if isinstance(path, Path) else "the data set"
         self.attributes = {k: plain(v) for k, v in ds.attrs.items()}

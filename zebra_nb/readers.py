@@ -6,12 +6,11 @@
 __all__ = ['AXES', 'AbstractReader', 'as_float32', 'reading', 'positive_step', 'usual_step', 'clocks', 'Variable', 'select',
            'VariableReader', 'check_axes', 'plain_variable', 'ArrayReader']
 
-# %% ../nbs/01a_readers.ipynb #f64ee58b
+# %% ../nbs/01a_readers.ipynb #b4f8e0c5
 import abc
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from jaxtyping import Float, Shaped
 
 from .core import InputError
 
-# %% ../nbs/01a_readers.ipynb #5bd2e8a2
+# %% ../nbs/01a_readers.ipynb #f55ba9cd
 class AbstractReader(abc.ABC):
     """One or several trajectories in files. To write one: set `source`, `channels`, `field_shape`, `dt` and `times`
     when opening, looking at as few files as you can, and implement the three abstract methods; `VariableReader` has
@@ -35,6 +34,7 @@ class AbstractReader(abc.ABC):
     splits: tuple[str, ...] = ()  # "train", "valid" or "test" for each trajectory, where the files say so
     groups: tuple[int, ...] = ()  # trajectories of one number share their parameters, and must not be separated
     attributes: dict[str, Any] = {}  # what else the files say
+    opened: dict[str, Any] = {}  # what the user said on opening: field, dt, axes
     layout: ClassVar[str] = ""  # what was recognised, for display
     free_axes: ClassVar[bool] = False  # whether `axes` may be given, because the files do not say what they mean
     registry: ClassVar[dict[str, type]] = {}

@@ -62,7 +62,7 @@ def _by_folder(parts: list) -> list:
         return parts
     return parts if len(folders) == 1 else list(folders.values())
 
-# %% ../nbs/01e_sources.ipynb #f8e5e0a1
+# %% ../nbs/01e_sources.ipynb #3b3f2133
 def open_reader(
     path: Any,  # a file, folder, pattern, a list of them, or an array
     field: str | Sequence[str] | None = None,  # which variables; the layout's own choice when None
@@ -81,7 +81,9 @@ def open_reader(
         raise InputError(f"'{path}' is of no known layout: what can be opened is {known}")
     if axes is not None and not any(r.free_axes for r in found):
         raise InputError(f"the axes of '{path}' are known ({found[0].layout}): leave axes={axes!r} out")
-    return next(r for r in found if axes is None or r.free_axes)(path, field, dt, axes)
+    reader = next(r for r in found if axes is None or r.free_axes)(path, field, dt, axes)
+    reader.opened = dict(field=field, dt=dt, axes=axes)
+    return reader
 
 # %% ../nbs/01e_sources.ipynb #056059dc
 FAMILIES = (HDF5_SUFFIXES, (".mat",), (".npy",), (".npz",), NETCDF_SUFFIXES, (".zarr", ".zarr.zip"))

@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 
 from .core import InputError, content_hash, load, progress, read_header, write_atomically
+from .transforms import Layout, Transforms
 from .vqvae import AbstractVQVAE2d
 
 # %% ../nbs/06_tokenizer.ipynb #bc50668f
@@ -109,6 +110,14 @@ class VQVAETokenizer:
     def field_shape(self) -> tuple[int, int, int]:
         "Channels, rows and columns of a field."
         return (self.config.channels, *self.config.field_size)
+
+    @property
+    def transforms(self) -> Transforms:
+        "What was done to the fields of the training files; its `invert` leads from decoded fields back to their units and grid."
+        data = self.record.get("data") or {}
+        names = tuple(data.get("channels") or map(str, range(self.config.channels)))
+        nothing = Transforms((), Layout(names, self.config.field_size, data.get("dt", 1.0)))
+        return Transforms.from_record(data["transforms"]) if "transforms" in data else nothing
 
 # %% ../nbs/06_tokenizer.ipynb #3e744d83
 @patch(as_prop=True)
