@@ -153,10 +153,8 @@ class Reader:
             if answer == "endless":
                 os.kill(self.process.pid, signal.SIGUSR1)
                 time.sleep(0.5)
-            calls = [
-                line.split('"')[1] for line in self.log.read_text().splitlines() if line.lstrip().startswith("File")
-            ]
-            where = next(iter(calls), "nowhere")
+            mine = [part for part in self.log.read_text().split("hread 0x") if "in read_all" in part]  # of all threads
+            where = mine[-1].split('File "')[1].split('"')[0] if mine else "nowhere"
             self.stop()
             self.start()
             answer = f"{answer} in HDF5" if "h5py" in where else f"{answer} in {where}"

@@ -16,7 +16,7 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Float
 
-from .core import InputError
+from .core import InputError, write_atomically
 from .readers import AbstractReader
 from .sources import open_reader
 
@@ -162,6 +162,43 @@ def chunks(
     for i, length in enumerate(self.lengths):
         for start in range(0, length, n_frames):
             yield i, start, self.frames(i, start, start + n_frames)
+
+# %% ../nbs/02_data.ipynb #81364468
+def _copy(ds: FieldDataset, path: str | Path, which: Sequence[int]):
+    "Writes some trajectories of one length to a file."
+    import h5py
+
+    length, (_, h, w) = ds.lengths[which[0]], ds.field_shape
+    step = max(1, 2**22 // int(np.prod(ds.field_shape)))
+    with write_atomically(path) as temporary, h5py.File(temporary, "w") as f:
+        fields = [f.create_dataset(f"fields/{c}", (len(which), length, h, w), np.float32) for c in ds.channels]
+        for field, unit in zip(fields, ds.reader.units):
+            field.attrs["units"] = unit
+        for row, i in enumerate(which):
+            for start in range(0, length, step):
+                x = ds.frames(i, start, start + step)
+                for c, field in enumerate(fields):
+                    field[row, start : start + len(x)] = x[:, c]
+        f["coordinates/time"] = ds.times(which[0])
+        f.create_group("metadata").attrs.update({"dt_save": ds.dt, "copied_from": _short(f"'{ds.reader.source}'")})
+        names = {n for i in which for n, v in ds.parameters(i).items() if np.ndim(v) == 0}
+        for n in names:
+            f[f"parameters/{n}"] = [ds.parameters(i).get(n, np.nan) for i in which]
+        if ds.reader.groups:
+            f["parameters/environment"] = [ds.reader.groups[ds.segments[i].trajectory] for i in which]
+
+
+@patch
+def save(
+    self: FieldDataset,
+    path: str | Path,  # a file; where trajectories differ in length, a folder with a file for each
+) -> Path:
+    "Copies all frames into HDF5 files as `open_fields` reads them best; returns `path`."
+    if len(set(self.lengths)) == 1:
+        _copy(self, path, range(len(self)))
+    for i in range(len(self)) if len(set(self.lengths)) > 1 else ():
+        _copy(self, Path(path) / f"{i:05}.h5", [i])
+    return Path(path)
 
 # %% ../nbs/02_data.ipynb #88460b82
 class Statistics(NamedTuple):
