@@ -23,7 +23,8 @@ import jax
 import numpy as np
 
 from .core import AbstractConfig, InputError, Normalizer, create, load, read_header, write_atomically
-from .data import FieldDataset, Splits, batches, open_fields
+from .data import FieldDataset, Splits, open_fields
+from .loading import Loader
 from .nsp import NextScalePredictor, nsp_loss, training_flop
 from .quantizer import QuantizerConfig
 from .sampling import Temperature, check_sampling
@@ -120,7 +121,7 @@ def train_vqvae(
         return eqx.filter_jit(lambda m, x: m.calibrate(x))(model, np.concatenate(many)[::4])
 
     return fit(
-        model, vqvae_loss, batches(source, how.batch_size, seed=how.seed), valid=held_out(data.valid.snapshots(), how.batch_size),
+        model, vqvae_loss, Loader(source, how.batch_size, seed=how.seed), valid=held_out(data.valid.snapshots(), how.batch_size),
         config=how, out=out, resume=resume, record={"data": describe(data.train)}, finish=finish, desc="training tokenizer",
     )  # fmt: skip
 
@@ -178,7 +179,7 @@ def train_nsp(
     how = with_epochs(how, epochs, len(pairs))
     model = create(NextScalePredictor, config, tokenizer.codebook, key=jax.random.key(how.seed))
     model, history = fit(
-        model, functools.partial(nsp_loss, **(loss or {})), batches(pairs, how.batch_size, seed=how.seed),
+        model, functools.partial(nsp_loss, **(loss or {})), Loader(pairs, how.batch_size, seed=how.seed),
         valid=held_out(held, how.batch_size, 32), valid_loss=nsp_loss,
         config=how, out=out, resume=resume, record={"tokenizer": tokenizer.hash}, desc="training predictor",
         per_sample={"tokens": pairs[0].shape[-1], "flop": training_flop(model.config)},
