@@ -100,6 +100,8 @@ def train_vqvae(
     multi_scale: bool = True,  # VARVQVAE2d rather than VQVAE2d
     epochs: float | int | None = None,  # instead of `how.max_steps`
     resume: bool = False,
+    threads: int = 1,  # that read ahead
+    workers: int = 0,  # processes that read ahead in their place
 ) -> tuple[AbstractVQVAE2d, History]:
     "Trains a VQ-VAE on the training part; raises `InputError` if the fields are not of the configured shape."
     want, found = (config.channels, *config.field_size), tuple(data.train.field_shape)
@@ -120,8 +122,9 @@ def train_vqvae(
         model = model.refit(many, key=keys[1])
         return eqx.filter_jit(lambda m, x: m.calibrate(x))(model, np.concatenate(many)[::4])
 
+    train = Loader(source, how.batch_size, seed=how.seed, threads=threads, workers=workers)
     return fit(
-        model, vqvae_loss, Loader(source, how.batch_size, seed=how.seed), valid=held_out(data.valid.snapshots(), how.batch_size),
+        model, vqvae_loss, train, valid=held_out(data.valid.snapshots(), how.batch_size),
         config=how, out=out, resume=resume, record={"data": describe(data.train)}, finish=finish, desc="training tokenizer",
     )  # fmt: skip
 
