@@ -178,7 +178,7 @@ def _share(source: Any, process: int, n_processes: int, memory: Memory | None, i
     share = len(indices) // n_processes if n_processes > 1 else len(indices)
     return gather_from(source, indices[process * share : (process + 1) * share], memory)
 
-# %% ../nbs/02a_loading.ipynb #96693d2d
+# %% ../nbs/02a_loading.ipynb #d0d41033
 @patch
 def iterate(
     self: Loader,
@@ -195,7 +195,9 @@ def iterate(
     iterator = iter(_in_processes(batches, self.workers, self.ahead) if self.workers else batches)
     try:
         for batch in iterator:
-            yield jax.tree.map(np.asarray, batch) if self.workers else batch
+            if self.workers:  # their shared memory is given back at once
+                batch = jax.tree.map(np.array, batch)
+            yield batch
     except RuntimeError as e:
         if "Worker process" not in str(e):
             raise
