@@ -82,6 +82,8 @@ def train_vqvae(
     seed: int = 0,  # of weights and batches
     precision: Literal["auto", "float32", "bfloat16"] = "auto",  # of the network; auto is bfloat16 on a GPU or TPU
     checkpoint_activations: bool = False,  # recompute activations to save memory
+    threads: int = 1,  # that read ahead
+    workers: int = 0,  # processes that read ahead in place of threads, for files that keep Python busy
     resume: bool = False,  # go on with the run in --out
 ) -> None:
     "Train a VQ-VAE on fields."
@@ -110,8 +112,9 @@ def train_vqvae(
         max_steps=max_steps or 1, batch_size=batch_size, lr=lr, optimizer=optimizer, accumulate=accumulate, seed=seed, precision=precision
     )  # fmt: skip
     _, history = pipeline.train_vqvae(
-        data, config, how, out=out, multi_scale=var_mode, epochs=None if max_steps else epochs, resume=resume
-    )
+        data, config, how, out=out, multi_scale=var_mode, epochs=None if max_steps else epochs, resume=resume,
+        threads=threads, workers=workers,
+    )  # fmt: skip
     print(
         f"wrote {out / 'model.safetensors'}: relative L2 error {history[-1].get('valid_rel_l2', float('nan')):.3f} on held-out fields"
     )

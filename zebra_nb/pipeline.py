@@ -24,7 +24,8 @@ import jax
 import numpy as np
 
 from .core import AbstractConfig, InputError, Normalizer, create, load, read_header, write_atomically
-from .data import FieldDataset, Splits, batches, open_fields
+from .data import FieldDataset, Splits, open_fields
+from .loading import Loader
 from .nsp import NextScalePredictor, nsp_loss, training_flop
 from .quantizer import QuantizerConfig
 from .sampling import Temperature, check_sampling
@@ -120,6 +121,8 @@ def train_vqvae(
     multi_scale: bool = True,  # VARVQVAE2d rather than VQVAE2d
     epochs: float | int | None = None,  # instead of `how.max_steps`
     resume: bool = False,
+    threads: int = 1,  # that read ahead
+    workers: int = 0,  # processes that read ahead in their place
 ) -> tuple[AbstractVQVAE2d, History]:
     "Trains a VQ-VAE on the training part; raises `InputError` if the fields are not of the configured shape."
     want, found = (config.channels, *config.field_size), tuple(data.train.field_shape)
@@ -140,8 +143,9 @@ def train_vqvae(
         model = model.refit(many, key=keys[1])
         return eqx.filter_jit(lambda m, x: m.calibrate(x))(model, np.concatenate(many)[::4])
 
+    train = Loader(source, how.batch_size, seed=how.seed, threads=threads, workers=workers)
     return fit(
-        model, vqvae_loss, batches(source, how.batch_size, seed=how.seed), valid=held_out(data.valid.snapshots(), how.batch_size),
+        model, vqvae_loss, train, valid=held_out(data.valid.snapshots(), how.batch_size),
         config=how, out=out, resume=resume, record={"data": describe(data.train)}, finish=finish, desc="training tokenizer",
     )  # fmt: skip
 
@@ -199,7 +203,7 @@ def train_nsp(
     how = with_epochs(how, epochs, len(pairs))
     model = create(NextScalePredictor, config, tokenizer.codebook, key=jax.random.key(how.seed))
     model, history = fit(
-        model, functools.partial(nsp_loss, **(loss or {})), batches(pairs, how.batch_size, seed=how.seed),
+        model, functools.partial(nsp_loss, **(loss or {})), Loader(pairs, how.batch_size, seed=how.seed),
         valid=held_out(held, how.batch_size, 32), valid_loss=nsp_loss,
         config=how, out=out, resume=resume, record={"tokenizer": tokenizer.hash}, desc="training predictor",
         per_sample={"tokens": pairs[0].shape[-1], "flop": training_flop(model.config)},

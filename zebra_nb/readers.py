@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped
 
 from .core import InputError
 
-# %% ../nbs/01a_readers.ipynb #f55ba9cd
+# %% ../nbs/01a_readers.ipynb #563679cb
 class AbstractReader(abc.ABC):
     """One or several trajectories in files. To write one: set `source`, `channels`, `field_shape`, `dt` and `times`
     when opening, looking at as few files as you can, and implement the three abstract methods; `VariableReader` has
@@ -70,6 +70,11 @@ class AbstractReader(abc.ABC):
             k, what = problem
             raise InputError(f"{self.name(i, start + step * k)} {what}")
         return y
+
+    def fill(self, out: Sequence[np.ndarray], places: Sequence[tuple[int, int]], step: int = 1) -> None:
+        "Puts windows, each from a trajectory and first frame on, where a batch wants them; raises as `frames` does."
+        for x, (i, start) in zip(out, places):
+            x[...] = self.frames(i, start, start + (len(x) - 1) * step + 1, step)
 
 # %% ../nbs/01a_readers.ipynb #28485647
 def as_float32(

@@ -85,7 +85,7 @@ def open_reader(
     reader.opened = dict(field=field, dt=dt, axes=axes)
     return reader
 
-# %% ../nbs/01e_sources.ipynb #056059dc
+# %% ../nbs/01e_sources.ipynb #1f9ccb90
 FAMILIES = (HDF5_SUFFIXES, (".mat",), (".npy",), (".npz",), NETCDF_SUFFIXES, (".zarr", ".zarr.zip"))
 
 
@@ -170,6 +170,11 @@ class JoinedReader(AbstractReader):
     def read(self, i: int, start: int, stop: int, step: int = 1) -> Shaped[np.ndarray, "t c h w"]:
         r, k = self.parts[i]
         return r.read(k, start, stop, step)
+
+    def fill(self, out: Sequence[np.ndarray], places: Sequence[tuple[int, int]], step: int = 1) -> None:
+        for x, (i, start) in zip(out, places):
+            r, k = self.parts[i]
+            r.fill([x], [(k, start)], step)
 
     def name(self, i: int, k: int) -> str:
         r, j = self.parts[i]

@@ -7,6 +7,7 @@ __all__ = ['PEAK_FLOPS', 'Aux', 'TrainConfig', 'schedule', 'optimizer', 'TrainSt
            'History', 'HistoryFile', 'make_validation', 'check_finite', 'Meter', 'fit']
 
 # %% ../nbs/03_training.ipynb #bb93c3af
+import contextlib
 import dataclasses
 import functools
 import json
@@ -32,6 +33,7 @@ from zebra_nb.core import (
     trainable,
     write_atomically,
 )
+from .loading import batches_of, check_fingerprint
 
 # %% ../nbs/03_training.ipynb #17b891c1
 class Aux(typing.NamedTuple):
@@ -275,10 +277,22 @@ def make_validation(loss: typing.Callable) -> typing.Callable:
 
     return validate
 
-
+# %% ../nbs/03_training.ipynb #5f0c1b7e
 def _refuse_to_overwrite(out: Path | None, resume: bool):
     if out is not None and not resume and (out / "checkpoints").exists():
         raise InputError(f"'{out}' already holds a run: pass --resume to go on with it, or another folder")
+
+
+def _same_batches(out: Path | None, train: Any, resumed: bool):
+    "Keeps the fingerprint of `train` in `out`; raises `InputError` if the run there saw other batches."
+    fingerprint = getattr(train, "fingerprint", None)
+    if out is None or fingerprint is None:
+        return
+    path = out / "batches.json"
+    if resumed and path.exists():
+        check_fingerprint(json.loads(path.read_text()), fingerprint, out)
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(fingerprint))
 
 # %% ../nbs/03_training.ipynb #0a2710cb
 def check_finite(
@@ -326,7 +340,7 @@ class Meter:
 def fit(
     model: AbstractModel,
     loss: typing.Callable,  # (model, batch, *, key) → (scalar, Aux)
-    train: Any,  # train[step] is the batch of that step
+    train: Any,  # train[step] is the batch of that step; a `Loader` reads ahead
     *,
     valid: Any = (),  # a few held-out batches
     valid_loss: typing.Callable | None = None,  # what is measured on them; `loss` when None
@@ -352,14 +366,15 @@ def fit(
     checkpoints = None if out is None else Checkpoints(out / "checkpoints")
     state = (checkpoints.restore(state) if resume and checkpoints else None) or state
     start = int(state.step)
+    _same_batches(out, train, resumed=start > 0)
     history = HistoryFile(out and out / "history.jsonl", resume_at=start)
     pending, meter = [], Meter(config, per_sample)  # metrics since the last look: looking waits for the device
     finish = finish or (lambda model: model)
     bar, began = progress(total=config.max_steps, desc=desc, initial=start), time.perf_counter()
     due = lambda i, every: i % every == 0 or i == config.max_steps
-    with bar:
-        for i in range(start + 1, config.max_steps + 1):
-            state, metrics = step(state, train[i - 1])
+    with bar, contextlib.closing(batches_of(train, start, config.max_steps)) as batches:
+        for i, batch in enumerate(batches, start + 1):
+            state, metrics = step(state, batch)
             pending.append(metrics)
             log, keep = due(i, config.log_every) or i == 1, checkpoints and due(i, config.checkpoint_every)
             if log or keep:
