@@ -76,7 +76,7 @@ class AbstractReader(abc.ABC):
         for x, (i, start) in zip(out, places):
             x[...] = self.frames(i, start, start + (len(x) - 1) * step + 1, step)
 
-# %% ../nbs/01a_readers.ipynb #28485647
+# %% ../nbs/01a_readers.ipynb #ce512df0
 def as_float32(
     x: Shaped[np.ndarray, "..."],  # frames, the first axis in a file's own number type
 ) -> tuple[Float[np.ndarray, "..."], tuple[int, str] | None]:
@@ -94,7 +94,7 @@ def as_float32(
     else:
         with np.errstate(over="ignore"):
             y = x.astype(np.float32, copy=False)
-        if np.isfinite(y.sum(dtype=np.float64)):  # quick: nearly always all is well
+        if np.isfinite(y).all():
             return y, None
         bad = ~np.isfinite(y)
         large = bool((bad & np.isfinite(x)).any())
