@@ -7,7 +7,7 @@ __all__ = ['Integers', 'COMMANDS', 'TOKENIZER_COMMANDS', 'parse_integers', 'simu
            'tokenizer_save', 'train_nsp', 'eval_nsp', 'parse_temperature', 'demo', 'lab', 'tokenizer', 'build',
            'dispatch', 'main']
 
-# %% ../nbs/11_cli.ipynb #ecb04f74
+# %% ../nbs/11_cli.ipynb #fb563309
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +16,7 @@ import tyro
 
 from .core import InputError
 
-# %% ../nbs/11_cli.ipynb #a60ee9de
+# %% ../nbs/11_cli.ipynb #e20c00a5
 def parse_integers(text: str) -> tuple[int, ...]:
     "`1,2,4` as a tuple; raises `ValueError` for anything else."
     return tuple(int(part) for part in text.split(","))
@@ -28,28 +28,52 @@ _list = tyro.constructors.PrimitiveConstructorSpec(
 )  # fmt: skip
 Integers = Annotated[tuple[int, ...], _list]
 
-# %% ../nbs/11_cli.ipynb #7eb2f08b
+# %% ../nbs/11_cli.ipynb #56aee699
 def simulate(
-    output: Path,  # the HDF5 file to write
-    system: Literal["forced", "decaying", "waves"] = "forced",  # forced or decaying turbulence, or the wave equation
-    n_frames: int = 2000,  # frames to keep
-    num_points: int = 64,  # of the grid, in each direction
-    spin_up: int | None = None,  # frames to discard first; the system's own default when not given
-    seed: int = 0,  # of the initial condition
+    output: Path,  # the HDF5 file to write; with --preset, the folder
+    system: Literal["forced", "decaying", "waves"]
+    | None = None,  # one trajectory of forced (the default) or decaying turbulence, or of waves
+    preset: str
+    | None = None,  # instead, many trajectories of a named preset: beta-plane, decaying-zebra, waves-zebra, …
+    n_trajectories: int | None = None,  # of --preset; 100 when not given
+    n_frames: int | None = None,  # frames to keep; 2000 of a system, a preset's own number
+    num_points: int | None = None,  # of the grid, in each direction; 64 of a system, a preset's own number
+    spin_up: int | None = None,  # frames to discard first; the system's or preset's own number when not given
+    seed: int = 0,  # of the initial conditions, and of the parameters that vary
+    batch_size: int = 20,  # of --preset: trajectories computed at once
+    process: int = 0,  # of --preset: the number of this process, where several share the work
+    n_processes: int = 1,  # of --preset: how many share it
 ) -> None:
-    "Simulate fields on a periodic box into an HDF5 file."
+    "Simulate fields into an HDF5 file, or an ensemble into a folder of them, which the same command completes after an interruption."
+    import dataclasses
+
     import jax
 
     from zebra_nb import simulate as s
 
-    made = {"forced": s.ForcedTurbulence, "decaying": s.DecayingTurbulence, "waves": s.WaveEquation}[system](
-        num_points=num_points
-    )
-    spin_up = made.spin_up_frames if spin_up is None else spin_up
-    s.simulate(made, n_frames, key=jax.random.key(seed), spin_up=spin_up, path=output)
+    if preset is None:
+        if n_trajectories is not None or n_processes != 1:
+            raise InputError("--n_trajectories and --n_processes are for ensembles: say which with --preset")
+        kinds = dict(forced=s.ForcedTurbulence, decaying=s.DecayingTurbulence, waves=s.WaveEquation)
+        made = kinds[system or "forced"](num_points=num_points or 64)
+        spin_up = made.spin_up_frames if spin_up is None else spin_up
+        n_frames = 2000 if n_frames is None else n_frames
+        s.simulate(made, n_frames, key=jax.random.key(seed), spin_up=spin_up, path=output)
+    else:
+        if system is not None:
+            raise InputError("--system makes one trajectory and --preset an ensemble: pass one of them")
+        from zebra_nb.ensembles import simulate_ensemble
+        from zebra_nb.systems import preset as named
+
+        chosen = named(preset)
+        grid = {} if num_points is None else dict(system=dataclasses.replace(chosen.system, num_points=num_points))
+        frames = {k: v for k, v in dict(n_frames=n_frames, spin_up=spin_up).items() if v is not None}
+        chosen, n = dataclasses.replace(chosen, **grid, **frames), 100 if n_trajectories is None else n_trajectories
+        share = dict(batch_size=batch_size, process=process, n_processes=n_processes)
+        simulate_ensemble(chosen, n, output, seed=seed, **share)
     print(f"wrote {output}")
 
-# %% ../nbs/11_cli.ipynb #24ed1381
+# %% ../nbs/11_cli.ipynb #0785e3f8
 def train_vqvae(
     data_dir: Path,  # a folder of numbered .mat files, or an HDF5 file
     out: Path = Path("runs/vqvae"),  # folder of the run
@@ -116,7 +140,7 @@ def train_vqvae(
         f"wrote {out / 'model.safetensors'}: relative L2 error {history[-1].get('valid_rel_l2', float('nan')):.3f} on held-out fields"
     )
 
-# %% ../nbs/11_cli.ipynb #7dcd295f
+# %% ../nbs/11_cli.ipynb #e070e783
 def tokenizer_info(
     checkpoint: Path,  # a VQ-VAE's run folder or model file, or a saved tokenizer
 ) -> None:
@@ -140,7 +164,7 @@ def tokenizer_save(
     tokenizer = pipeline.save_tokens(pipeline.split_fields(data_dir, field), checkpoint, out=output)
     print(tokenizer._repr_markdown_() + f"\n\nwrote {output}")
 
-# %% ../nbs/11_cli.ipynb #23f42d84
+# %% ../nbs/11_cli.ipynb #4f213451
 def train_nsp(
     tokens_path: Path,  # the folder that `tokenizer save` wrote
     vqvae_checkpoint: Path,  # the VQ-VAE that made the tokens
@@ -219,7 +243,7 @@ def parse_temperature(text: str) -> float | str:
     except ValueError as e:
         raise InputError(f"temperature is {text!r}: give a positive number, or 'greedy' for the likeliest token") from e
 
-# %% ../nbs/11_cli.ipynb #403b88bf
+# %% ../nbs/11_cli.ipynb #29743085
 def demo(
     out: Path = Path("demo"),  # folder for everything that the demo makes
     data_dir: Path | None = None,  # fields of your own; simulated when not given
@@ -246,7 +270,7 @@ def lab(
         raise InputError(f"there is no folder '{folder}' to open")
     raise SystemExit(subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)]))
 
-# %% ../nbs/11_cli.ipynb #1ccbd15a
+# %% ../nbs/11_cli.ipynb #d66339a9
 COMMANDS = {
     "demo": demo, "simulate": simulate, "train-vqvae": train_vqvae, "train-nsp": train_nsp, "eval-nsp": eval_nsp, "lab": lab,
 }  # fmt: skip
