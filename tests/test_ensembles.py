@@ -20,7 +20,7 @@ from zebra_nb.systems import preset
 zebra = preset("decaying-zebra")
 system = dataclasses.replace(zebra.system, num_points=32)
 small = dataclasses.replace(zebra, system=system, n_frames=10, per_environment=3, refine=1)
-simulate_ensemble(small, 28, sys.argv[1], batch_size=2, shard_size=4, seed=5, progress=False)
+simulate_ensemble(small, 60, sys.argv[1], batch_size=2, shard_size=4, seed=5, progress=False)
 """
 
 
