@@ -192,6 +192,23 @@ def test_tokens_of_another_tokenizer(work: Path):
     refuses(zebra("train-nsp", *cut, cwd=work), "train.npz")
 
 
+def test_an_ensemble(work: Path):
+    "A preset becomes a folder of shards; the same command completes it, another one is refused."
+    small = "--preset decaying-zebra --num_points 16 --n_frames 3 --n_trajectories 4".split()
+    succeeds("simulate", "--output", "ensemble", *small, cwd=work)
+    shard = work / "ensemble/shard-00000.h5"
+    with h5py.File(shard) as f:
+        assert f["fields/omega"].shape == (4, 3, 16, 16)
+        viscosity = f["parameters/viscosity"][:]
+        assert (1e-3 <= viscosity).all() and (viscosity <= 1e-2).all()
+    before = shard.stat().st_mtime_ns
+    succeeds("simulate", "--output", "ensemble", *small, cwd=work)
+    assert shard.stat().st_mtime_ns == before
+    refuses(zebra("simulate", "--output", "ensemble", *small, "--seed", 1, cwd=work), "seed is 0 there and 1 here")
+    refuses(zebra("simulate", "--output", "out ensemble", "--preset", "weather", cwd=work), "weather", "beta-plane")
+    assert not (work / "out ensemble").exists() and shard.stat().st_mtime_ns == before
+
+
 def test_bad_numbers(work: Path):
     "Sampling that makes no sense, scales that do not fit."
     evaluate = ("eval-nsp", "--nsp_checkpoint", "nsp", "--data_dir", "mat", "--out", "out eval")

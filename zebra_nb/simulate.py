@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['velocity_spectrum', 'to_fine_grid', 'from_fine_grid', 'VorticityFlux', 'VorticityStepper', 'AbstractSystem',
-           'random_field', 'AbstractTurbulence', 'ForcedTurbulence', 'DecayingTurbulence', 'DampedWaveStepper',
-           'WaveEquation', 'march', 'lay_out', 'starting_state', 'simulate', 'system_of']
+           'random_field', 'AbstractVorticity', 'AbstractTurbulence', 'ForcedTurbulence', 'DecayingTurbulence',
+           'DampedWaveStepper', 'AbstractWaves', 'WaveEquation', 'march', 'lay_out', 'starting_state', 'simulate',
+           'system_class', 'system_of']
 
-# %% ../nbs/01_simulate.ipynb #e6c19260
+# %% ../nbs/01_simulate.ipynb #652ef8e4
 import abc
 import contextlib
+import copy
 import dataclasses
+import importlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +33,7 @@ from jaxtyping import Array, Complex, Float, PRNGKeyArray
 from .core import AbstractConfig, InputError, write_atomically
 from .core import progress as progress_bar
 
-# %% ../nbs/01_simulate.ipynb #c48fb8f2
+# %% ../nbs/01_simulate.ipynb #f294c76f
 def velocity_spectrum(
     omega_hat: Complex[Array, "1 h m"],  # vorticity
     gradient: Complex[Array, "2 h m"],  # i times the wave vector
@@ -39,7 +43,7 @@ def velocity_spectrum(
     psi_hat = omega_hat[0] * jnp.where(laplacian == 0, 0.0, 1 / jnp.where(laplacian == 0, 1.0, laplacian))
     return jnp.stack([-gradient[1] * psi_hat, gradient[0] * psi_hat])
 
-# %% ../nbs/01_simulate.ipynb #e218884c
+# %% ../nbs/01_simulate.ipynb #3e1c8daa
 def to_fine_grid(
     u_hat: Complex[Array, "c h m"],  # spectrum of a field on h points, h even
 ) -> Float[Array, "c fine fine"]:
@@ -50,7 +54,7 @@ def to_fine_grid(
     padded = jnp.concatenate([u_hat[:, :half, :half], gap, u_hat[:, half + 1 :, :half]], axis=1)
     return jnp.fft.irfft2(padded, s=(fine, fine)) * (fine / n) ** 2
 
-# %% ../nbs/01_simulate.ipynb #bd46afcf
+# %% ../nbs/01_simulate.ipynb #a56502ee
 def from_fine_grid(
     u: Float[Array, "c fine fine"],  # a field on 3n/2 points
     n: int,  # points of the coarse grid, even
@@ -62,7 +66,7 @@ def from_fine_grid(
     cut = jnp.concatenate([u_hat[:, :half, :half], gap, u_hat[:, 1 - half :, :half]], axis=1)
     return jnp.pad(cut, ((0, 0), (0, 0), (0, 1)))
 
-# %% ../nbs/01_simulate.ipynb #c27202cb
+# %% ../nbs/01_simulate.ipynb #d2298166
 class VorticityFlux(ex.nonlin_fun.BaseNonlinearFun):
     "The divergence of the vorticity flux, free of aliasing, plus a forcing that is constant in time."
 
@@ -81,7 +85,7 @@ class VorticityFlux(ex.nonlin_fun.BaseNonlinearFun):
         flux_hat = from_fine_grid(jnp.stack([u * omega, v * omega]), self.num_points)
         return self.forcing_hat - jnp.sum(self.gradient * flux_hat, axis=0, keepdims=True)
 
-# %% ../nbs/01_simulate.ipynb #cf4a6a89
+# %% ../nbs/01_simulate.ipynb #8956f880
 class VorticityStepper(ex.BaseStepper):
     "One time step of the vorticity equation with drag, viscosity and a constant forcing field (ETDRK4)."
 
@@ -107,7 +111,7 @@ class VorticityStepper(ex.BaseStepper):
     def _build_nonlinear_fun(self, derivative_operator):
         return VorticityFlux(derivative_operator, self.forcing)
 
-# %% ../nbs/01_simulate.ipynb #4cd4ca42
+# %% ../nbs/01_simulate.ipynb #740b41ab
 @dataclass(frozen=True)
 class AbstractSystem(AbstractConfig, abc.ABC):
     "A partial differential equation on a periodic square, with its grid and how often to save a frame."
@@ -128,6 +132,11 @@ class AbstractSystem(AbstractConfig, abc.ABC):
                 raise InputError(f"{name} is {value}: it must be positive")
 
     @property
+    def points(self) -> Float[np.ndarray, " h"]:
+        "The coordinates of the grid points along either direction."
+        return np.arange(self.num_points) * self.domain_extent / self.num_points
+
+    @property
     @abc.abstractmethod
     def default_dt(self) -> float:
         "A time step that is stable and accurate at this resolution."
@@ -144,7 +153,7 @@ class AbstractSystem(AbstractConfig, abc.ABC):
         "An absolute value that no later state can exceed unless the solver is unstable."
         return float(np.finfo(np.float32).max)
 
-# %% ../nbs/01_simulate.ipynb #14532731
+# %% ../nbs/01_simulate.ipynb #76e2f83b
 @patch(as_prop=True)
 def substeps(self: AbstractSystem) -> int:
     "Solver steps in one saved frame."
@@ -162,13 +171,27 @@ def spin_up_frames(self: AbstractSystem) -> int:
     "Frames to discard before the statistics are those of the system and not of `initial`."
     return math.ceil(self.spin_up_time / self.dt_save - 1e-9)
 
-# %% ../nbs/01_simulate.ipynb #70980562
+# %% ../nbs/01_simulate.ipynb #e57d3995
+@patch
+def at(
+    self: AbstractSystem,
+    **parameters,  # values of fields; may be traced
+) -> AbstractSystem:
+    "The same system with these parameters, which are not checked."
+    known, other = {f.name for f in dataclasses.fields(self)}, copy.copy(self)
+    for name, value in parameters.items():
+        if name not in known:
+            raise InputError(f"{type(self).__name__} has no parameter {name}: it has {', '.join(sorted(known))}")
+        object.__setattr__(other, name, value)
+    return other
+
+# %% ../nbs/01_simulate.ipynb #a7d4c350
 @patch
 def advance(self: AbstractSystem) -> Callable[[Float[Array, "c h w"]], Float[Array, "c h w"]]:
     "The jitted function from one frame to the next."
     return eqx.filter_jit(ex.RepeatedStepper(self.stepper(), self.substeps))
 
-# %% ../nbs/01_simulate.ipynb #500c9156
+# %% ../nbs/01_simulate.ipynb #840a0b1a
 def random_field(
     num_points: int,  # in each direction
     band: tuple[int, int],  # smallest and largest wavenumber, in waves per box
@@ -183,15 +206,13 @@ def random_field(
     field = ex.ifft(ring, num_spatial_dims=2, num_points=num_points)
     return field * rms / jnp.sqrt(jnp.mean(field**2))
 
-# %% ../nbs/01_simulate.ipynb #8858c23f
+# %% ../nbs/01_simulate.ipynb #522c5d65
 @dataclass(frozen=True)
-class AbstractTurbulence(AbstractSystem):
-    "The vorticity equation; subclasses say which forcing."
+class AbstractVorticity(AbstractSystem):
+    "The vorticity equation; subclasses say which forcing, and where to start."
 
     reynolds: float = 1000.0  # one over the viscosity, in units in which box and flow are of order one
     drag: float = 0.0  # linear damping of all scales, 1/time
-    rms: float = 5.6  # root mean square vorticity of `initial`, 1/time; that of the forced flow once settled
-    band: tuple[int, int] = (2, 8)  # wavenumbers of `initial`
 
     channels: ClassVar[tuple[str, ...]] = ("omega",)
 
@@ -209,11 +230,19 @@ class AbstractTurbulence(AbstractSystem):
         "The time in which a flow of speed 1 crosses a twelfth of a grid cell."
         return self.domain_extent / self.num_points / 12
 
-    def initial(self, *, key: PRNGKeyArray) -> Float[Array, "1 h w"]:
-        return random_field(self.num_points, self.band, self.rms, key=key)
+    @property
+    def viscosity(self) -> float | Float[Array, ""]:
+        "One over the Reynolds number."
+        return 1 / self.reynolds
+
+    def at(self, **parameters) -> AbstractSystem:
+        "The same system with these parameters, which are not checked; `viscosity` stands for one over `reynolds`."
+        if "viscosity" in parameters:
+            parameters["reynolds"] = 1 / parameters.pop("viscosity")
+        return super().at(**parameters)
 
     def stepper(self) -> VorticityStepper:
-        parameters = dict(viscosity=1 / self.reynolds, drag=self.drag, domain_extent=self.domain_extent)
+        parameters = dict(viscosity=self.viscosity, drag=self.drag, domain_extent=self.domain_extent)
         return VorticityStepper(self.forcing(), self.time_step, **parameters)
 
     def largest(self, state: Float[Array, "1 h w"]) -> float:
@@ -221,7 +250,18 @@ class AbstractTurbulence(AbstractSystem):
         settled = strength / self.drag if self.drag else (math.inf if strength else 0.0)
         return min(10 * max(float(jnp.max(jnp.abs(state))), settled), super().largest(state))
 
-# %% ../nbs/01_simulate.ipynb #dd00ee6e
+
+@dataclass(frozen=True)
+class AbstractTurbulence(AbstractVorticity):
+    "The vorticity equation from a random start; subclasses say which forcing."
+
+    rms: float = 5.6  # root mean square vorticity of `initial`, 1/time; that of the forced flow once settled
+    band: tuple[int, int] = (2, 8)  # wavenumbers of `initial`
+
+    def initial(self, *, key: PRNGKeyArray) -> Float[Array, "1 h w"]:
+        return random_field(self.num_points, self.band, self.rms, key=key)
+
+# %% ../nbs/01_simulate.ipynb #8a514387
 @dataclass(frozen=True)
 class ForcedTurbulence(AbstractTurbulence):
     "Statistically steady turbulence, stirred at one scale; the defaults are those of the Py2D reference runs."
@@ -255,7 +295,7 @@ class ForcedTurbulence(AbstractTurbulence):
             omega = -np.roll(flip(omega), (half, half), (-2, -1))
         return np.roll(omega, tuple(2 * half * rng.integers(0, self.forcing_wavenumber, 2)), (-2, -1))
 
-# %% ../nbs/01_simulate.ipynb #19241e6b
+# %% ../nbs/01_simulate.ipynb #961bc570
 @dataclass(frozen=True)
 class DecayingTurbulence(AbstractTurbulence):
     "Turbulence left to itself: random eddies that roll up and merge while enstrophy decays."
@@ -265,35 +305,42 @@ class DecayingTurbulence(AbstractTurbulence):
     def forcing(self) -> Float[Array, "1 h w"]:
         return jnp.zeros((1, self.num_points, self.num_points))
 
-# %% ../nbs/01_simulate.ipynb #6aade2fd
+# %% ../nbs/01_simulate.ipynb #4fd8d994
 class DampedWaveStepper(ex.stepper.Wave):
     "One exact time step of height and velocity."
 
     propagator: Float[Array, "2 2 h m"]
 
-    def __init__(self, domain_extent: float, num_points: int, dt: float, *, speed: float = 1.0, damping: float = 0.0):
+    def __init__(
+        self,
+        domain_extent: float,  # side of the box
+        num_points: int,  # in each direction
+        dt: float,  # time step
+        *,
+        speed: float | Float[Array, ""] = 1.0,  # of undamped waves, length/time; may be traced, as may `damping`
+        damping: float | Float[Array, ""] = 0.0,  # of the velocity, 1/time
+    ):
         super().__init__(2, domain_extent, num_points, dt, speed_of_sound=speed)
-        k2 = np.sum(np.asarray(ex.spectral.build_scaled_wavenumbers(2, domain_extent, num_points), float) ** 2, axis=0)
+        xp = jnp if any(isinstance(x, jax.core.Tracer) for x in (speed, damping)) else np  # NumPy: in double precision
+        k2 = xp.sum(xp.asarray(ex.spectral.build_scaled_wavenumbers(2, domain_extent, num_points), float) ** 2, axis=0)
         omega2 = speed**2 * k2
-        turn = np.sqrt(omega2 - damping**2 / 4 + 0j)
-        c = np.cos(turn * dt).real
-        s = np.where(np.abs(turn) > 1e-9, np.sin(turn * dt) / np.where(turn == 0, 1, turn), dt).real
-        matrix = np.stack([np.stack([c + damping / 2 * s, s]), np.stack([-omega2 * s, c - damping / 2 * s])])
-        self.propagator = jnp.asarray(np.exp(-damping * dt / 2) * matrix, jnp.float32)
+        turn = xp.sqrt(omega2 - damping**2 / 4 + 0j)
+        c = xp.cos(turn * dt).real
+        s = xp.where(xp.abs(turn) > 1e-9, xp.sin(turn * dt) / xp.where(turn == 0, 1, turn), dt).real
+        matrix = xp.stack([xp.stack([c + damping / 2 * s, s]), xp.stack([-omega2 * s, c - damping / 2 * s])])
+        self.propagator = jnp.asarray(xp.exp(-damping * dt / 2) * matrix, jnp.float32)
 
     def step_fourier(self, u_hat: Complex[Array, "2 h m"]) -> Complex[Array, "2 h m"]:
         "The Fourier coefficients one step later."
         return jnp.einsum("ijhm,jhm->ihm", self.propagator, u_hat)
 
-# %% ../nbs/01_simulate.ipynb #0dafe92b
+# %% ../nbs/01_simulate.ipynb #c5bea51a
 @dataclass(frozen=True)
-class WaveEquation(AbstractSystem):
-    "Waves of height h and velocity ∂h/∂t that all travel with the same speed; the solution is exact in time."
+class AbstractWaves(AbstractSystem):
+    "Waves of height h and velocity ∂h/∂t that all travel with the same speed, exact in time; subclasses say where to start."
 
     speed: float = 1.0  # of the waves, length/time
     damping: float = 0.0  # rate at which the velocity is damped, 1/time
-    rms: float = 1.0  # root mean square height of `initial`
-    band: tuple[int, int] = (1, 6)  # wavenumbers of `initial`
 
     channels: ClassVar[tuple[str, ...]] = ("height", "velocity")
 
@@ -301,15 +348,23 @@ class WaveEquation(AbstractSystem):
     def default_dt(self) -> float:
         return self.dt_save
 
-    def initial(self, *, key: PRNGKeyArray) -> Float[Array, "2 h w"]:
-        height = random_field(self.num_points, self.band, self.rms, key=key)
-        return jnp.concatenate([height, jnp.zeros_like(height)])
-
     def stepper(self) -> DampedWaveStepper:
         how = dict(speed=self.speed, damping=self.damping)
         return DampedWaveStepper(self.domain_extent, self.num_points, self.time_step, **how)
 
-# %% ../nbs/01_simulate.ipynb #a98c8544
+
+@dataclass(frozen=True)
+class WaveEquation(AbstractWaves):
+    "Waves in a periodic box, from a random height at rest."
+
+    rms: float = 1.0  # root mean square height of `initial`
+    band: tuple[int, int] = (1, 6)  # wavenumbers of `initial`
+
+    def initial(self, *, key: PRNGKeyArray) -> Float[Array, "2 h w"]:
+        height = random_field(self.num_points, self.band, self.rms, key=key)
+        return jnp.concatenate([height, jnp.zeros_like(height)])
+
+# %% ../nbs/01_simulate.ipynb #b52a67ef
 def march(
     system: AbstractSystem,
     state: Float[Array, "c h w"],  # where to start
@@ -327,27 +382,31 @@ def march(
         if i < n_frames - 1:
             state = advance(state)
 
-# %% ../nbs/01_simulate.ipynb #685a17dd
+# %% ../nbs/01_simulate.ipynb #70e46f33
 def lay_out(
     file,  # an open `h5py.File`
     system: AbstractSystem,
     n_frames: int,  # that will be written
     first: int = 0,  # number of the first of them, counted from the initial state
+    trajectories: int | None = None,  # that the file will hold; one, without an axis of its own, when None
 ) -> list:
-    "Writes coordinates and parameters, and returns one empty dataset (frames, H, W) per channel."
-    n, points = system.num_points, np.arange(system.num_points) * system.domain_extent / system.num_points
-    for name, values in dict(x=points, y=points, time=system.dt_save * np.arange(first, first + n_frames)).items():
+    "Writes coordinates and parameters, and returns one empty dataset (frames, H, W) or (n, frames, H, W) per channel."
+    times = system.dt_save * np.arange(first, first + n_frames)
+    for name, values in dict(x=system.points, y=system.points, time=times).items():
         file[f"coordinates/{name}"] = values.astype(np.float32)
     parameters = system.to_dict() | dict(
         dt=system.time_step,
         domain_length=system.domain_extent,
         system=type(system).__name__,
+        module=type(system).__module__,
         solver=f"exponax {ex.__version__}",
     )
     file.create_group("metadata").attrs.update(parameters)
-    return [file.create_dataset(f"fields/{c}", (n_frames, n, n), np.float32) for c in system.channels]
+    batch = () if trajectories is None else (trajectories,)
+    shape = (*batch, n_frames, system.num_points, system.num_points)
+    return [file.create_dataset(f"fields/{c}", shape, np.float32) for c in system.channels]
 
-# %% ../nbs/01_simulate.ipynb #b14e4c5d
+# %% ../nbs/01_simulate.ipynb #04e72c6f
 def starting_state(
     system: AbstractSystem,
     key: PRNGKeyArray | None = None,  # `jax.random.key(0)` when None
@@ -362,7 +421,7 @@ def starting_state(
         raise InputError(f"the initial state has shape {initial.shape}, {type(system).__name__} needs {shape}{hint}")
     return jnp.asarray(initial, float)
 
-# %% ../nbs/01_simulate.ipynb #e4f6a031
+# %% ../nbs/01_simulate.ipynb #e430018b
 def simulate(
     system: AbstractSystem,
     n_frames: int,  # frames to keep, `dt_save` apart; the first is the state after the spin-up
@@ -396,20 +455,37 @@ def simulate(
                 field[i] = frame[c]
     return out if path is None else Path(path)
 
-# %% ../nbs/01_simulate.ipynb #2ab111c8
+# %% ../nbs/01_simulate.ipynb #e4cb0be4
+def system_class(
+    name: str,  # of the class
+    module: str = "zebra_nb.simulate",  # in which it is defined
+) -> type[AbstractSystem] | None:
+    "The class of systems of that name; None where this zebra_nb has no such class."
+    if name in globals():
+        module = __name__
+    if not re.fullmatch(r"zebra_nb\.\w+|__main__", module):
+        return None
+    with contextlib.suppress(ImportError):
+        found = getattr(importlib.import_module(module), name, None)
+        return found if isinstance(found, type) and issubclass(found, AbstractSystem) else None
+    return None
+
+
 def system_of(
     path: str | Path,  # a file
+    trajectory: int | None = None,  # its number in the file, where parameters vary from one to the next
 ) -> AbstractSystem | None:
-    "The system whose simulation the file holds; None where `simulate` did not write it."
+    "The system whose simulation the file holds; None where `simulate` did not write it, or no trajectory is chosen from several systems."
     import h5py
 
     try:
         with h5py.File(path) as file:
             found = {k: np.asarray(v).tolist() for k, v in file["metadata"].attrs.items()}
+            drawn = {k: v[()] for k, v in file.get("parameters", {}).items() if k != "environment"}
     except (OSError, KeyError):
         return None
-    kinds = {cls.__name__: cls for cls in (ForcedTurbulence, DecayingTurbulence, WaveEquation)}
-    cls = kinds.get(found.get("system"))
-    if cls is None:
+    cls = system_class(str(found.get("system")), str(found.get("module", "zebra_nb.simulate")))
+    if cls is None or (drawn and trajectory is None):
         return None
-    return cls.from_dict({f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found})
+    system = cls.from_dict({f.name: found[f.name] for f in dataclasses.fields(cls) if f.name in found})
+    return system.at(**{k: float(v[trajectory]) for k, v in drawn.items()})
