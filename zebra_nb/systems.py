@@ -30,7 +30,6 @@ from zebra_nb.simulate import (
     DampedWaveStepper,
     ForcedTurbulence,
     VorticityStepper,
-    random_field,
 )  # fmt: skip
 
 # %% ../nbs/01f_systems.ipynb #6edb2801
