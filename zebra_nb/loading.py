@@ -36,8 +36,9 @@ class Memory:
         try:
             memory = self.free.popleft()
         except IndexError:
-            memory = b""
-        memory = memory if len(memory) == size else bytearray(size)
+            memory = memoryview(b"")
+        if memory.nbytes != size:
+            memory = memoryview(np.empty(size // 4, np.float32))  # NumPy asks for large pages, which are quick to get
         owner = np.frombuffer(memory, np.float32)  # every view of the array holds on to it
         weakref.finalize(owner, self.free.append, memory).atexit = False
         return owner.reshape(shape)

@@ -93,6 +93,7 @@ def describe(data: FieldDataset) -> dict[str, Any]:
         layout=data.reader.layout,
         opened={k: v for k, v in data.reader.opened.items() if v is not None},
         **({"transforms": data.transforms.record()} if data.transforms else {}),
+        **({"statistics": {k: getattr(data.known, k).tolist() for k in ("mean", "std", "rms")}} if data.known else {}),
     )
 
 # %% ../nbs/09a_pipeline.ipynb #e6ba2404
