@@ -6,6 +6,7 @@
 __all__ = ['unbroken', 'Segment', 'FieldDataset', 'open_fields', 'Statistics', 'cut', 'Splits', 'Windows']
 
 # %% ../nbs/02_data.ipynb #8f6444cd
+import json
 import operator
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from .core import InputError, write_atomically
 from .readers import AbstractReader
@@ -83,6 +84,13 @@ class FieldDataset:
         s = self.segments[i]
         told = self.reader.parameters[s.trajectory] if self.reader.parameters else {}
         return {n: v[s.start : s.stop] if np.ndim(v) else v for n, v in told.items()}
+
+    def runs(self, step: int = 1) -> list[tuple[int, Int[np.ndarray, " t"]]]:
+        "The reader's trajectories in use, each with the numbers of its frames: every `step`-th of each segment."
+        found = {}
+        for s in self.segments:
+            found.setdefault(s.trajectory, []).append(np.arange(s.start, s.stop, step))
+        return [(i, np.concatenate(parts)) for i, parts in found.items()]
 
 # %% ../nbs/02_data.ipynb #f50b9086
 def _short(name: str) -> str:
@@ -164,40 +172,48 @@ def chunks(
             yield i, start, self.frames(i, start, start + n_frames)
 
 # %% ../nbs/02_data.ipynb #81364468
-def _copy(ds: FieldDataset, path: str | Path, which: Sequence[int]):
-    "Writes some trajectories of one length to a file."
+def _copy(ds: FieldDataset, path: str | Path, runs: Sequence[tuple[int, np.ndarray]]):
+    "Writes some runs of one length to a file."
     import h5py
 
-    length, (_, h, w) = ds.lengths[which[0]], ds.field_shape
+    reader, which, (_, h, w) = ds.reader, [i for i, _ in runs], ds.field_shape
     step = max(1, 2**22 // int(np.prod(ds.field_shape)))
     with write_atomically(path) as temporary, h5py.File(temporary, "w") as f:
-        fields = [f.create_dataset(f"fields/{c}", (len(which), length, h, w), np.float32) for c in ds.channels]
-        for field, unit in zip(fields, ds.reader.units):
+        fields = [f.create_dataset(f"fields/{c}", (len(runs), len(runs[0][1]), h, w), np.float32) for c in ds.channels]
+        for field, unit in zip(fields, reader.units):
             field.attrs["units"] = unit
         for row, i in enumerate(which):
-            for start in range(0, length, step):
-                x = ds.frames(i, start, start + step)
-                for c, field in enumerate(fields):
-                    field[row, start : start + len(x)] = x[:, c]
-        f["coordinates/time"] = ds.times(which[0])
-        f.create_group("metadata").attrs.update({"dt_save": ds.dt, "copied_from": _short(f"'{ds.reader.source}'")})
-        names = {n for i in which for n, v in ds.parameters(i).items() if np.ndim(v) == 0}
-        for n in names:
-            f[f"parameters/{n}"] = [ds.parameters(i).get(n, np.nan) for i in which]
-        if ds.reader.groups:
-            f["parameters/environment"] = [ds.reader.groups[ds.segments[i].trajectory] for i in which]
+            done = 0
+            for s in (s for s in ds.segments if s.trajectory == i):
+                for start in range(s.start, s.stop, step):
+                    x = reader.frames(i, start, min(start + step, s.stop))
+                    for c, field in enumerate(fields):
+                        field[row, done : done + len(x)] = x[:, c]
+                    done += len(x)
+        f["coordinates/time"] = np.stack([reader.times[i][numbers] for i, numbers in runs])
+        told = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in reader.attributes.items() if v is not None}
+        f.create_group("metadata").attrs.update(told | {"dt_save": ds.dt, "copied_from": _short(f"'{reader.source}'")})
+        rows = [reader.parameters[i] for i in which] if reader.parameters else []
+        for n in {n for row in rows for n, v in row.items() if np.ndim(v) == 0}:
+            f[f"parameters/{n}"] = [row.get(n, np.nan) for row in rows]
+        if reader.groups:
+            f["parameters/environment"] = [reader.groups[i] for i in which]
+        if reader.splits:
+            f["parameters/split"] = [reader.splits[i].encode() for i in which]
 
 
 @patch
 def save(
     self: FieldDataset,
-    path: str | Path,  # a file; where trajectories differ in length, a folder with a file for each
+    path: str | Path,  # a file; where recordings differ in length, a folder with a file for each
 ) -> Path:
     "Copies all frames into HDF5 files as `open_fields` reads them best; returns `path`."
-    if len(set(self.lengths)) == 1:
-        _copy(self, path, range(len(self)))
-    for i in range(len(self)) if len(set(self.lengths)) > 1 else ():
-        _copy(self, Path(path) / f"{i:05}.h5", [i])
+    runs = self.runs()
+    if len({len(numbers) for _, numbers in runs}) == 1:
+        _copy(self, path, runs)
+    else:
+        for k, run in enumerate(runs):
+            _copy(self, Path(path) / f"{k:05}.h5", [run])
     return Path(path)
 
 # %% ../nbs/02_data.ipynb #88460b82
@@ -260,12 +276,14 @@ class Splits(NamedTuple):
 def _segments(ds: FieldDataset, shares: Sequence[float], gap: int | None, seed: int) -> list[list[Segment]]:
     "The segments of each part."
     runs = sorted({s.trajectory for s in ds.segments})
-    enough = lambda units: all(share * len(units) >= 1 - 1e-9 for share in shares if share)
-    together = {r: ds.reader.groups[r] for r in runs} if ds.reader.groups else {}
-    unit = together if enough(set(together.values())) and together else {r: r for r in runs}
-    if enough(units := sorted(set(unit.values()))):
+    unit = {r: ds.reader.groups[r] if ds.reader.groups else r for r in runs}
+    units, parts = sorted(set(unit.values())), sum(share > 0 for share in shares)
+    if len(units) >= parts if ds.reader.groups else all(share * len(units) >= 1 - 1e-9 for share in shares if share):
         order = np.random.default_rng(seed).permutation(units)
-        chosen = [set(order[a:b].tolist()) for a, b in cut(0, len(units), shares, gap=0)]
+        counts = np.array([b - a for a, b in cut(0, len(units), shares, gap=0)])
+        for k in np.flatnonzero((counts == 0) & (np.array(shares) > 0)):  # every part has at least one environment
+            counts[[k, counts.argmax()]] += 1, -1
+        chosen = [set(part.tolist()) for part in np.split(order, np.cumsum(counts))[:3]]
         return [[s for s in ds.segments if unit[s.trajectory] in c] for c in chosen]
     parts = [[] for _ in shares]
     for run in runs:

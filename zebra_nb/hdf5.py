@@ -7,7 +7,7 @@ __all__ = ['HDF5_SUFFIXES', 'OPEN_FILES', 'ENVIRONMENT', 'h5_file', 'h5_array', 
            'variable', 'AbstractHDF5Reader', 'HDF5Reader', 'WellReader', 'PDEBenchReader', 'NumberedGroupsReader',
            'ZebraReader', 'AnyHDF5Reader']
 
-# %% ../nbs/01b_hdf5.ipynb #1942dc2a
+# %% ../nbs/01b_hdf5.ipynb #152bc906
 import os
 import threading
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .core import InputError
-from .readers import Variable, VariableReader, plain_variable, reading, select
+from .readers import Variable, VariableReader, described, plain_variable, reading, select
 
 # %% ../nbs/01b_hdf5.ipynb #a75c10e3
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
@@ -66,7 +66,7 @@ def close_files():
         while _open:
             _open.popitem()[1][1].close()
 
-# %% ../nbs/01b_hdf5.ipynb #ab4ba10a
+# %% ../nbs/01b_hdf5.ipynb #35c9290f
 def top(
     path: Any,  # anything
 ) -> set[str]:
@@ -102,7 +102,7 @@ def variable(
 ) -> Variable:
     "A dataset as a variable; raises `InputError` unless it holds numbers on such axes."
     d = h5_file(path)[where]
-    if len(getattr(d, "shape", ())) != len(axes) or d.dtype.kind not in "fiubc":
+    if len(getattr(d, "shape", ())) != len(axes) or d.dtype.kind not in "fiubc":  # a group has no shape
         raise InputError(
             f"'{path}' has '{where}' of shape {getattr(d, 'shape', 'none')}, but the layout asks for {', '.join(axes)}"
         )
@@ -141,7 +141,7 @@ class AbstractHDF5Reader(VariableReader):
                 if not np.isfinite(x).all():
                     self.frames(i, start, start + (n - 1) * step + 1, step)
 
-# %% ../nbs/01b_hdf5.ipynb #334a59b6
+# %% ../nbs/01b_hdf5.ipynb #972ea758
 class HDF5Reader(AbstractHDF5Reader):
     "`fields/<name>` of one file, a channel per name."
 
@@ -157,29 +157,34 @@ class HDF5Reader(AbstractHDF5Reader):
             self.attributes = attributes(f["metadata"]) if "metadata" in f else {}
             time = f["coordinates/time"][:] if "coordinates/time" in f else None
             step = float(self.attributes.get("dt_save", 1.0))
-            drawn = {n: d[:] for n, d in f.get("parameters", {}).items()}
+            drawn = {n: np.asarray(d[...]) for n, d in f.get("parameters", {}).items()}
         chosen = select(every, field, str(path))
         if not chosen:
             raise InputError(f"'{path}' has no fields/<name> with axes (frames, H, W): store fields there")
         self.settle(path, chosen, time, dt, step)
+        n = len(self.times)
+        for name, values in drawn.items():
+            if values.shape not in ((), (n,)):
+                raise InputError(
+                    f"'{path}' has parameters/{name} of shape {values.shape} for {n} trajectories: store one number for each"
+                )
+        drawn = {name: np.broadcast_to(values, (n,)) for name, values in drawn.items()}
         self.groups = tuple(int(g) for g in drawn.pop("environment", ()))
-        self.parameters = tuple({n: v[i].item() for n, v in drawn.items()} for i in range(len(self.times)) if drawn)
+        self.splits = tuple(plain(s) for s in drawn.pop("split", ()))
+        self.parameters = tuple({name: v[i].item() for name, v in drawn.items()} for i in range(n) if drawn)
 
     @classmethod
     def recognises(cls, path: Any) -> bool:
         return "fields" in top(path)
 
-# %% ../nbs/01b_hdf5.ipynb #e2d609ad
+# %% ../nbs/01b_hdf5.ipynb #ac03d78a
 def _axes(d, spatial: str, components: int) -> str:
     "The axes of one of The Well's datasets, from what its attributes say."
     varying = np.atleast_1d(d.attrs.get("dim_varying", np.ones(len(spatial), bool)))
     present = "".join(a for a, there in zip(spatial, varying) if there)
-    return (
-        ("n" if d.attrs.get("sample_varying", True) else "")
-        + ("t" if d.attrs.get("time_varying", True) else "")
-        + present
-        + "cd"[:components]
-    )
+    lead = ("n" if d.attrs.get("sample_varying", True) else "") + ("t" if d.attrs.get("time_varying", True) else "")
+    flat = components == 2 and d.ndim == len(lead + present) + 1  # all components of a tensor along one axis
+    return lead + present + ("c" if flat else "cd"[:components])
 
 
 class WellReader(AbstractHDF5Reader):
@@ -197,17 +202,26 @@ class WellReader(AbstractHDF5Reader):
                 raise InputError(
                     f"'{path}' has {len(dims)} spatial dimensions ({', '.join(dims)}): only fields on a plane can be opened"
                 )
-            pairs = [a + b for a in dims for b in dims]
-            every = []
-            for rank, components in enumerate(([""], dims, pairs)):
-                for n, d in f.get(f"t{rank}_fields", {}).items():
-                    every.append(variable(path, f"t{rank}_fields/{n}", _axes(d, "hw", rank), components=components))
+            where = {n: (rank, d) for rank in range(3) for n, d in f.get(f"t{rank}_fields", {}).items()}
+            components = ([""], dims, [a + b for a in dims for b in dims])
+            describe = lambda n: variable(
+                path, where[n][1].name[1:], _axes(where[n][1], "hw", where[n][0]), components=components[where[n][0]]
+            )
+            every = described(list(where), describe, field)
             time = f["dimensions/time"][:] if "dimensions/time" in f else None
-            n = int(f.attrs.get("n_trajectories", max((v.size("n") for v in every), default=1)))
+            sizes = [len(f["dimensions"][d]) if d in f["dimensions"] else None for d in dims]
+            n = max((v.size("n") for v in every), default=1)
             self.attributes = self._about(f)
-        self.settle(path, select(every, field, str(path)), time, dt, n=n)
+        self.settle(
+            path,
+            select(every, field, str(path)),
+            time,
+            dt,
+            n=n,
+            shape=(None if time is None else time.shape[-1], *sizes),
+        )
         with reading(path):
-            self.parameters = self._parameters(f, n)
+            self.parameters = self._parameters(f, len(self.times))
 
     def _about(self, f) -> dict[str, Any]:
         names = {str(n) for n in plain(np.atleast_1d(f.attrs.get("simulation_parameters", [])))}
@@ -219,55 +233,53 @@ class WellReader(AbstractHDF5Reader):
         walls = {}
         for name, b in f.get("boundary_conditions", {}).items():
             on = plain(b.attrs.get("associated_dims", [name]))
-            walls |= {str(d): str(plain(b.attrs.get("bc_type", "unknown"))).lower() for d in np.atleast_1d(on)}
+            kind = str(plain(b.attrs.get("bc_type", "unknown"))).lower()
+            for d in map(str, np.atleast_1d(on)):
+                walls[d] = kind if walls.get(d, kind) == kind else f"{walls[d]} and {kind}"
         return about | ({"boundaries": walls} if walls else {})
 
     def _parameters(self, f, n: int) -> tuple[dict[str, Any], ...]:
         "The scalars of each trajectory: a number, or one per frame."
-        rows = [{} for _ in range(n)]
+        listed = {str(k) for k in plain(np.atleast_1d(f.attrs.get("simulation_parameters", [])))}
+        rows = [{k: v for k, v in attributes(f).items() if k in listed} for _ in range(n)]
         for name, d in f.get("scalars", {}).items():
             varying, x = d.attrs.get("sample_varying", False), d[...]
             for i, row in enumerate(rows):
                 mine = np.asarray(x[i] if varying else x)
                 row[name] = mine.reshape(-1)[0].item() if mine.size == 1 else mine
-        return tuple(rows) if f.get("scalars") else ()
+        return tuple(rows) if any(rows) else ()
 
     @classmethod
     def recognises(cls, path: Any) -> bool:
         return bool({"t0_fields", "t1_fields", "t2_fields"} & top(path))
 
-# %% ../nbs/01b_hdf5.ipynb #f9236504
+# %% ../nbs/01b_hdf5.ipynb #33e277c2
 class PDEBenchReader(AbstractHDF5Reader):
     "Top-level arrays of PDEBench's two-dimensional files."
 
     layout = "PDEBench (HDF5)"
-    known = ("tensor", "density", "pressure", "Vx", "Vy", "velocity", "particles", "nu")
+    known = {4: ("tensor", "density", "pressure", "Vx", "Vy"), 5: ("velocity", "particles")}
 
     def __init__(
         self, path: Path, field: str | Sequence[str] | None = None, dt: float | None = None, axes: str | None = None
     ):
         f = h5_file(path)
         with reading(path):
-            shapes = {n: f[n].shape for n in self.known if n in f}
-            if (
-                all(len(s) == 3 for s in shapes.values())
-                or any(len(s) > 5 for s in shapes.values())
-                or "z-coordinate" in f
-            ):
+            shapes = {n: f[n].shape for names in self.known.values() for n in names if hasattr(f.get(n), "shape")}
+            flat = all(n in self.known.get(len(s), ()) and (len(s) == 4 or s[-1] <= 2) for n, s in shapes.items())
+            if not shapes or not flat or "z-coordinate" in f:
                 raise InputError(
                     f"'{path}' holds PDEBench fields that are not on a plane ({shapes}): only two dimensions can be opened"
                 )
-            # components are x, y: one for a tracer, which then has none to name
-            comp = lambda n: "xy"[: shapes[n][-1]] if shapes[n][-1] > 1 else [""]
+            comp = lambda s: ("x", "y") if len(s) == 5 and s[-1] == 2 else ("",)
             every = [
-                variable(
-                    path,
-                    n,
-                    "nthw" if len(s) == 4 else "nthwc" if len(s) == 5 else "nhw",
-                    components=comp(n) if len(s) == 5 else [""],
-                )
-                for n, s in shapes.items()
+                variable(path, n, "nthw" if len(s) == 4 else "nthwc", components=comp(s)) for n, s in shapes.items()
             ]
+            every += (
+                [variable(path, "force", "nhwc", components=("x", "y"))]
+                if getattr(f.get("force"), "ndim", 0) == 4
+                else []
+            )
             clock = next((f[n][:] for n in ("t-coordinate", "t") if n in f), None)
             self.attributes = attributes(f)
         chosen = select(every, field, str(path))
@@ -281,7 +293,7 @@ class PDEBenchReader(AbstractHDF5Reader):
         names = top(path)
         return bool({"tensor", "velocity", "density"} & names) and not {"fields", "t0_fields"} & names
 
-# %% ../nbs/01b_hdf5.ipynb #95936797
+# %% ../nbs/01b_hdf5.ipynb #ef30cd37
 class NumberedGroupsReader(AbstractHDF5Reader):
     "A group per trajectory, `0000/data` (t, H, W, c), as in PDEBench's diffusion-reaction and shallow-water files."
 
@@ -292,7 +304,11 @@ class NumberedGroupsReader(AbstractHDF5Reader):
     ):
         f = h5_file(path)
         with reading(path):
-            names = sorted(n for n in f if n.isdigit())
+            names = sorted((n for n in f if n.isdigit() and "data" in getattr(f[n], "keys", tuple)()), key=int)
+            if not names:
+                raise InputError(
+                    f"'{path}' has numbered entries, but none with data inside: store <number>/data (t, H, W, c)"
+                )
             shapes = {f[f"{n}/data"].shape for n in names}
             if len(shapes) > 1 or len(next(iter(shapes))) != 4:
                 raise InputError(
@@ -317,7 +333,7 @@ class NumberedGroupsReader(AbstractHDF5Reader):
     def recognises(cls, path: Any) -> bool:
         return any(n.isdigit() for n in top(path))
 
-# %% ../nbs/01b_hdf5.ipynb #a2e5535d
+# %% ../nbs/01b_hdf5.ipynb #0fecae3e
 ENVIRONMENT = 10  # trajectories in one of Zebra's environments
 
 
@@ -332,7 +348,7 @@ class ZebraReader(AbstractHDF5Reader):
     ):
         f, rows, every = h5_file(path), [], []
         with reading(path):
-            parts = [n for n in ("train", "valid", "val", "validation", "test") if "states" in f.get(n, ())]
+            parts = [n for n in self.names if n in f and "states" in f[n]]
             every = [variable(path, f"{p}/states", "nchwt", "u") for p in parts]
             where = [(v, i) for v in every for i in range(v.size("n"))]
             time = next((f[f"{p}/{n}"][:] for p in parts for n in ("t", "time", "times") if n in f[p]), None)
@@ -355,19 +371,18 @@ class ZebraReader(AbstractHDF5Reader):
 
     def _parameters(self, group, n: int) -> list[dict[str, float]]:
         "One dictionary per trajectory."
-        found = {
-            k: d[...].reshape(-1)
-            for k, d in group.items()
-            if k not in ("states", "t", "time", "times") and getattr(d, "ndim", 9) <= 2
-        }
-        each = {k: np.repeat(x, n // len(x)) if len(x) and n % len(x) == 0 else None for k, x in found.items()}
-        return [{k: x[i].item() for k, x in each.items() if x is not None} for i in range(n)]
+        each = {}
+        for name, d in group.items():
+            if getattr(d, "ndim", 0) in (1, 2) and d.dtype.kind in "fiu" and len(d) in (n, n // ENVIRONMENT):
+                x = np.repeat(d[...].reshape(len(d), -1), n // len(d), axis=0)
+                each |= {name if x.shape[1] == 1 else f"{name}_{k}": x[:, k] for k in range(x.shape[1])}
+        return [{k: x[i].item() for k, x in each.items() if k not in ("t", "time", "times")} for i in range(n)]
 
     @classmethod
     def recognises(cls, path: Any) -> bool:
         splits = set(cls.names) & top(path)
         with reading(path):
-            return any("states" in h5_file(path)[s] for s in splits)
+            return any("states" in getattr(h5_file(path)[s], "keys", tuple)() for s in splits)
 
 
 class _Row:

@@ -6,7 +6,7 @@
 __all__ = ['NUMBERS', 'MATRIX', 'elements', 'check_tags', 'is_v73', 'mat_shapes', 'read_mat', 'numbered', 'files_in',
            'SnapshotReader', 'MatReader', 'MatArrayReader']
 
-# %% ../nbs/01c_matlab.ipynb #cfadcbe0
+# %% ../nbs/01c_matlab.ipynb #47b93346
 import functools
 import itertools
 import os
@@ -21,7 +21,7 @@ from jaxtyping import Shaped
 
 from .core import InputError
 from .hdf5 import h5_file
-from .readers import AbstractReader, Variable, VariableReader, positive_step, reading, select
+from .readers import AbstractReader, Variable, VariableReader, check_axes, positive_step, reading, select
 
 # %% ../nbs/01c_matlab.ipynb #9842b68b
 NUMBERS = {1, 2, 3, 4, 5, 6, 7, 9, 12, 13}  # MATLAB's number types, as in its tags
@@ -109,7 +109,7 @@ def read_mat(
         found = scipy.io.loadmat(path, variable_names=list(names))
         return {n: np.asarray(found[n]) for n in names if n in found}
 
-# %% ../nbs/01c_matlab.ipynb #35c427da
+# %% ../nbs/01c_matlab.ipynb #0ba33dac
 def numbered(
     files: Sequence[Path],  # files of one folder
 ) -> tuple[list[Path], np.ndarray]:
@@ -119,14 +119,14 @@ def numbered(
             raise InputError(
                 f"'{f}' has no number in its name: call the frames 1{f.suffix}, 2{f.suffix}, … in the order of time"
             )
-    matches = [(re.fullmatch(r"(.*?)(\d+)(\D*)", f.stem), f) for f in files]
-    found = sorted((int(m[2]), m[1] + m[3], f) for m, f in matches)
+    matches = [(re.fullmatch(r"(.*?)(\d+(?:\.\d+)?)(\D*)", f.stem), f) for f in files]
+    found = sorted((float(m[2]), m[1] + m[3], f) for m, f in matches)
     for (n, series, f), (n2, series2, f2) in zip(found, found[1:]):
         if series != series2:
             raise InputError(f"'{f.parent}' mixes '{f.name}' and '{f2.name}': give each run a folder of its own")
         if n == n2:
             raise InputError(f"'{f.name}' and '{f2.name}' in '{f.parent}' have the same number: remove one")
-    return [f for *_, f in found], np.array([n for n, *_ in found])
+    return [f for *_, f in found], np.array([n for n, *_ in found], np.float64)
 
 # %% ../nbs/01c_matlab.ipynb #d4b616a1
 def files_in(
@@ -140,7 +140,7 @@ def files_in(
         names = [e.name for e in entries]
     return [folder / n for n in sorted(names) if n.lower().endswith(tuple(suffixes)) and not n.startswith(".")]
 
-# %% ../nbs/01c_matlab.ipynb #dd173c29
+# %% ../nbs/01c_matlab.ipynb #e9c49bd8
 class SnapshotReader(AbstractReader):
     """A folder, or a list, of numbered files with one frame each: one trajectory. A format says what `suffixes` it
     has, and how to `load` arrays from a file and list the `names_in` it."""
@@ -157,7 +157,7 @@ class SnapshotReader(AbstractReader):
         self.files, numbers = numbered(files) if len(files) > 1 else (files, np.zeros(1))
         self.steps = np.zeros(len(numbers))
         self.field_shape, _ = self._frame(0)[0].shape, self._frame(len(numbers) - 1)
-        differences, counts = np.unique(np.diff(numbers), return_counts=True)
+        differences, counts = np.unique(np.diff(numbers).round(9), return_counts=True)
         self.steps = (numbers - numbers[0]) / (differences[counts.argmax()] if len(counts) else 1)
         self.told = dt is None  # whether the files' own clock is believed
         self.dt, self.start = self._clock() if dt is None else (positive_step(dt, f"'{path}'"), 0.0)
@@ -239,10 +239,12 @@ class MatReader(SnapshotReader):
             files[0]
         )
 
-# %% ../nbs/01c_matlab.ipynb #6e6aef06
+# %% ../nbs/01c_matlab.ipynb #eaae11c9
 @functools.lru_cache(maxsize=2)
 def _whole(path: str, name: str, stamp: tuple) -> np.ndarray:
-    return read_mat(path, [name])[name]
+    x = read_mat(path, [name])[name]
+    x.flags.writeable = False  # frames are views of it
+    return x
 
 
 class _Reversed:
@@ -266,16 +268,21 @@ class MatArrayReader(VariableReader):
         self, path: Path, field: str | Sequence[str] | None = None, dt: float | None = None, axes: str | None = None
     ):
         shapes, v73 = mat_shapes(path), is_v73(path)
-        usual = {3: "nhw", 4: "nhwt"}
+        usual = {3: "nhw", 4: "nhwt"} if axes is None else {len(axes): axes}
+        if axes is None and all(len(s) < 4 for s in shapes.values()):
+            told = ", ".join(f"{n} {s}" for n, s in shapes.items())
+            raise InputError(
+                f"'{path}' has arrays of unknown axes ({told}): say what they are, as in axes='hwt' for one trajectory"
+            )
         every = [
-            Variable(n, s, axes or usual[len(s)], self._opener(path, n, v73))
+            Variable(n, s, check_axes(s, usual[len(s)], f"'{n}'"), self._opener(path, n, v73))
             for n, s in shapes.items()
-            if len(s) == len(axes or "xxxx"[: len(s)]) and len(s) > 2
+            if len(s) in usual and len(s) > 2
         ]
-        clock = read_mat(path, ["t"]).get("t") if "t" in shapes and len(shapes["t"]) == 2 else None
+        clock = read_mat(path, ["t"]).get("t") if 1 in shapes.get("t", ()) else None
         chosen = select(every, field, str(path))
-        frames = chosen[0].size("t")
-        self.settle(path, chosen, clock.reshape(-1) if clock is not None and clock.size == frames else None, dt)
+        timed = clock is not None and any("t" in v.axes for v in chosen)
+        self.settle(path, chosen, clock.reshape(-1) if timed else None, dt)
 
     def _opener(self, path: Path, name: str, v73: bool):
         if v73:
@@ -287,4 +294,5 @@ class MatArrayReader(VariableReader):
     def recognises(cls, path: Any) -> bool:
         if not isinstance(path, Path) or path.suffix.lower() != ".mat" or path.is_dir():
             return False  # folders of such files are joined
-        return any(len(s) in (3, 4) for s in mat_shapes(path).values())
+        shapes = mat_shapes(path)
+        return any(len(s) in (3, 4) for s in shapes.values()) and len(shapes.get("Omega", ())) != 2

@@ -241,7 +241,7 @@ def save_forecast(
 
     y = np.stack([tokenizer.transforms.invert(x) for x in np.asarray(run.forecast)])
     with write_atomically(path) as temporary, h5py.File(temporary, "w") as file:
-        for c, name in enumerate(run.channels):
+        for c, name in enumerate(tokenizer.transforms.kept):
             file[f"fields/{name}"] = y[:, :, c]
         file["coordinates/time"] = run.dt * np.arange(y.shape[1])
         told = {k: str(v) for k, v in sampling.items()} | {"dt_save": run.dt, "tokenizer": tokenizer.hash}

@@ -20,7 +20,7 @@ from .core import AbstractConfig, InputError
 from .data import FieldDataset
 from .readers import AbstractReader
 
-# %% ../nbs/02b_transforms.ipynb #a1ab5e1e
+# %% ../nbs/02b_transforms.ipynb #6f075811
 class Layout(NamedTuple):
     "What frames look like."
 
@@ -52,7 +52,11 @@ class AbstractTransform(AbstractConfig, abc.ABC):
     def invert(self, y: Float[np.ndarray, "*t d a b"], layout: Layout) -> Float[np.ndarray, "*t c h w"]:
         "The frames that `y` came from, as far as they can be known; `layout` is theirs."
 
-# %% ../nbs/02b_transforms.ipynb #1889e0df
+    def only(self, names: tuple[str, ...], layout: Layout) -> "AbstractTransform":
+        "The same transform for those of the layout's channels that a later step has kept."
+        return self
+
+# %% ../nbs/02b_transforms.ipynb #693ac484
 @dataclass(frozen=True)
 class Channels(AbstractTransform):
     "Some channels, in the order given."
@@ -71,7 +75,10 @@ class Channels(AbstractTransform):
         return x[..., [layout.channels.index(n) for n in self.names], :, :]
 
     def invert(self, y: Float[np.ndarray, "*t d h w"], layout: Layout) -> Float[np.ndarray, "*t d h w"]:
-        return y
+        return y[..., [self.names.index(n) for n in layout.channels if n in self.names], :, :]
+
+    def only(self, names: tuple[str, ...], layout: Layout) -> "Channels":
+        return Channels(tuple(n for n in self.names if n in names))
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,10 @@ class Scale(AbstractTransform):
 
     def invert(self, y: Float[np.ndarray, "*t c h w"], layout: Layout) -> Float[np.ndarray, "*t c h w"]:
         return y * np.float32(self.unit)[:, None, None] + np.float32(self.offset)[:, None, None]
+
+    def only(self, names: tuple[str, ...], layout: Layout) -> "Scale":
+        pick = lambda each: each if len(each) == 1 else tuple(v for n, v in zip(layout.channels, each) if n in names)
+        return Scale(pick(self.unit), pick(self.offset))
 
 # %% ../nbs/02b_transforms.ipynb #bd3d30ec
 def fourier_resize(
@@ -180,7 +191,7 @@ class Pool(AbstractTransform):
             x_hat = x_hat / np.where(np.abs(k) < n // f / 2, d, 1).reshape((-1, 1) if axis == -2 else (-1,))
         return np.fft.irfft2(x_hat, s=layout.size).astype(np.float32)
 
-# %% ../nbs/02b_transforms.ipynb #6c482ae5
+# %% ../nbs/02b_transforms.ipynb #d650d7c9
 class Transforms(tuple):
     "Transforms one after the other, with the layout that they begin from."
 
@@ -210,10 +221,15 @@ class Transforms(tuple):
             x = t.apply(x, layout)
         return x
 
+    @property
+    def kept(self) -> tuple[str, ...]:
+        "The channels that `invert` gives back, in the order of the files."
+        return tuple(n for n in self.layout.channels if n in self.out.channels)
+
     def invert(self, y: Float[np.ndarray, "*t d a b"]) -> Float[np.ndarray, "*t c h w"]:
-        "From the model's fields to the files' units and grid."
+        "From the model's fields to the files' units and grid; of the channels, those that are `kept`."
         for t, layout in zip(self[::-1], self.layouts[-2::-1]):
-            y = t.invert(y, layout)
+            y = t.only(self.kept, layout).invert(y, layout)
         return y
 
     def record(self) -> dict[str, Any]:
@@ -234,7 +250,7 @@ class Transforms(tuple):
         found = record["layout"]
         return cls(steps, Layout(tuple(found["channels"]), tuple(found["size"]), found["dt"]))
 
-# %% ../nbs/02b_transforms.ipynb #0bd152d7
+# %% ../nbs/02b_transforms.ipynb #b16f5a94
 class TransformedReader(AbstractReader):
     "The trajectories of a dataset, transformed as they are read."
 
@@ -244,13 +260,16 @@ class TransformedReader(AbstractReader):
         self.dataset, self.transforms = dataset, Transforms(steps, layout)
         self.channels, size, self.dt = self.transforms.out
         self.field_shape, self.source = (len(self.channels), *size), inner.source
-        self.times = tuple(dataset.times(i)[:: self.transforms.step] for i in range(len(dataset)))
-        pick = lambda told: tuple(told[s.trajectory] for s in dataset.segments) if told else ()
+        self.runs = dataset.runs(self.transforms.step)
+        self.times = tuple(inner.times[i][numbers] for i, numbers in self.runs)
+        pick = lambda told: tuple(told[i] for i, _ in self.runs) if told else ()
         self.splits, self.groups, self.attributes = pick(inner.splits), pick(inner.groups), inner.attributes
         self.opened = inner.opened
-        step = self.transforms.step
-        rows = [dataset.parameters(i) for i in range(len(dataset))] if inner.parameters else []
-        self.parameters = tuple({n: v[::step] if np.ndim(v) else v for n, v in row.items()} for row in rows)
+        self.parameters = tuple(
+            {n: v[numbers] if np.ndim(v) else v for n, v in inner.parameters[i].items()}
+            for i, numbers in self.runs
+            if inner.parameters
+        )
         names = " → ".join(type(t).__name__ for t in steps)
         self.layout = f"{inner.layout}, then {names}" if names else inner.layout
 
@@ -259,12 +278,18 @@ class TransformedReader(AbstractReader):
         return False
 
     def read(self, i: int, start: int, stop: int, step: int = 1) -> Shaped[np.ndarray, "t c h w"]:
-        n = self.transforms.step
-        return self.transforms.apply(self.dataset.frames(i, start * n, (stop - 1) * n + 1, step * n))
+        run, numbers = self.runs[i]
+        chosen = numbers[start:stop:step]
+        even = len(chosen) < 2 or len(set(np.diff(chosen).tolist())) == 1
+        stretches = [chosen] if even else np.split(chosen, range(1, len(chosen)))
+        n = lambda part: int(part[1] - part[0]) if len(part) > 1 else 1
+        frames = self.dataset.reader.frames
+        x = [frames(run, int(part[0]), int(part[-1]) + 1, n(part)) for part in stretches]
+        return self.transforms.apply(x[0] if len(x) == 1 else np.concatenate(x))
 
     def name(self, i: int, k: int) -> str:
-        s = self.dataset.segments[i]
-        return self.dataset.reader.name(s.trajectory, s.start + k * self.transforms.step)
+        run, numbers = self.runs[i]
+        return self.dataset.reader.name(run, int(numbers[k]))
 
 
 @patch
