@@ -34,7 +34,8 @@ def main() -> None:
             **threads,
             **cache,
         )
-        tests = run(sys.executable, "-m", "pytest", "tests", *sys.argv[1:], **cache)
+        apart = ("-n", str(workers), "--dist", "loadfile") if workers > 1 else ()  # a process for each file of tests
+        tests = run(sys.executable, "-m", "pytest", "tests", *apart, *sys.argv[1:], **cache)
     if not notebooks:
         sys.exit("nbdev_test failed: see the notebooks listed above.")
     sys.exit(not tests)
