@@ -18,16 +18,16 @@ from fastcore.basics import patch
 from jaxtyping import Float, Int
 
 from .core import InputError, write_atomically
-from .readers import AbstractReader
+from .readers import AbstractReader, slack
 from .sources import open_reader
 
 # %% ../nbs/02_data.ipynb #c4a2b18a
 def unbroken(
     times: Float[np.ndarray, " t"],  # of the frames of one recording
-    dt: float,  # the step between neighbours; 10 % off still counts as one
+    dt: float,  # the step between neighbours; a little off still counts as one
 ) -> list[tuple[int, int]]:
     "The stretches (start, stop) of frames that are one step apart."
-    jumps = np.flatnonzero(np.abs(np.diff(times) - dt) > 0.1 * dt) + 1
+    jumps = np.flatnonzero(np.abs(np.diff(times) - dt) > slack(times, dt)) + 1
     edges = [0, *jumps.tolist(), len(times)]
     return list(zip(edges[:-1], edges[1:]))
 
