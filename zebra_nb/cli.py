@@ -80,7 +80,7 @@ def names_in(field: str | None) -> tuple[str, ...] | str | None:
 
 
 def inspect(
-    path: Path,  # a file, a folder, or a pattern in quotation marks
+    path: tyro.conf.Positional[Path],  # a file, a folder, or a pattern in quotation marks
     field: str | None = None,  # names of the fields, with commas; the layout's own choice when not given
     axes: str | None = None,  # where the files do not say what their axes mean: a letter each, such as nthw
     dt: float | None = None,  # time between frames, where the files do not say

@@ -191,7 +191,7 @@ class Pool(AbstractTransform):
             x_hat = x_hat / np.where(np.abs(k) < n // f / 2, d, 1).reshape((-1, 1) if axis == -2 else (-1,))
         return np.fft.irfft2(x_hat, s=layout.size).astype(np.float32)
 
-# %% ../nbs/02b_transforms.ipynb #d650d7c9
+# %% ../nbs/02b_transforms.ipynb #fa1dbca6
 class Transforms(tuple):
     "Transforms one after the other, with the layout that they begin from."
 
@@ -204,6 +204,9 @@ class Transforms(tuple):
         for t in steps:
             self.layouts.append(t.lay_out(self.layouts[-1]))
         return self
+
+    def __getnewargs__(self):
+        return tuple(self), self.layout  # what a worker process needs to make it again
 
     @property
     def out(self) -> Layout:
