@@ -146,11 +146,8 @@ def train_vqvae(
     from zebra_nb.transforms import Pool, Resample, Stride
     from zebra_nb.vqvae import LossWeights, VQVAEConfig
 
-    steps = [
-        t
-        for t, wanted in ((Stride(time_stride), time_stride != 1), (Pool(pool, padding == "circular"), pool != 1))
-        if wanted
-    ]
+    steps = [Stride(time_stride)] if time_stride != 1 else []
+    steps += [Pool(pool, padding == "circular")] if pool != 1 else []
     steps += [Resample(resample)] if resample else []
     data = pipeline.split_fields(data_dir, names_in(field), dt=dt, axes=axes, transforms=steps)
     channels, *size = data.train.field_shape

@@ -177,19 +177,16 @@ def _copy(ds: FieldDataset, path: str | Path, runs: Sequence[tuple[int, np.ndarr
     import h5py
 
     reader, which, (_, h, w) = ds.reader, [i for i, _ in runs], ds.field_shape
-    step = max(1, 2**22 // int(np.prod(ds.field_shape)))
     with write_atomically(path) as temporary, h5py.File(temporary, "w") as f:
         fields = [f.create_dataset(f"fields/{c}", (len(runs), len(runs[0][1]), h, w), np.float32) for c in ds.channels]
         for field, unit in zip(fields, reader.units):
             field.attrs["units"] = unit
         for row, i in enumerate(which):
             done = 0
-            for s in (s for s in ds.segments if s.trajectory == i):
-                for start in range(s.start, s.stop, step):
-                    x = reader.frames(i, start, min(start + step, s.stop))
-                    for c, field in enumerate(fields):
-                        field[row, done : done + len(x)] = x[:, c]
-                    done += len(x)
+            for *_, x in FieldDataset(reader, [s for s in ds.segments if s.trajectory == i]).chunks():
+                for c, field in enumerate(fields):
+                    field[row, done : done + len(x)] = x[:, c]
+                done += len(x)
         f["coordinates/time"] = np.stack([reader.times[i][numbers] for i, numbers in runs])
         told = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in reader.attributes.items() if v is not None}
         f.create_group("metadata").attrs.update(told | {"dt_save": ds.dt, "copied_from": _short(f"'{reader.source}'")})

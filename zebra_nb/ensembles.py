@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
-from .core import AbstractConfig, InputError, write_atomically
+from .core import AbstractConfig, InputError, dotted, write_atomically
 from .core import progress as progress_bar
 from .simulate import lay_out
 from .systems import Preset, preset
@@ -204,14 +204,12 @@ def open_index(
     return path
 
 
-def _differences(found: dict, wanted: dict, prefix: str = "") -> Iterator[str]:
+def _differences(found: dict, wanted: dict) -> Iterator[str]:
     "What differs between two indices, in words; shards follow from the rest."
-    for name in sorted((set(found) | set(wanted)) - {"shards"}):
-        a, b = found.get(name), wanted.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            yield f"{prefix}{name} is {a} there and {b} here"
+    there, here = (dotted({k: v for k, v in d.items() if k != "shards"}) for d in (found, wanted))
+    for name in sorted(there.keys() | here.keys()):
+        if there.get(name) != here.get(name):
+            yield f"{name} is {there.get(name)} there and {here.get(name)} here"
 
 # %% ../nbs/01g_ensembles.ipynb #668b9370
 def simulate_ensemble(

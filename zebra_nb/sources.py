@@ -111,7 +111,7 @@ def parts_of(
     files = family(folder)
     with reading(folder):
         inside = sorted(
-            (p for p in folder.iterdir() if p.is_dir() and p.name.lower() in ZebraReader.names),
+            (p for p in folder.iterdir() if p.name.lower() in ZebraReader.names and p.is_dir()),
             key=lambda p: list(ZebraReader.names).index(p.name.lower()),
         )
         for p in inside:
@@ -163,9 +163,9 @@ class JoinedReader(AbstractReader):
         groups = [(k if "preset" not in r.attributes else "", g) for k, r in enumerate(readers) for g in r.groups]
         numbers = {g: k for k, g in enumerate(dict.fromkeys(groups))}
         chains = self._chains(rows)
-        first = lambda said: tuple(said[c[0]] for c in chains) if len(said) == len(rows) else ()  # of all, or of none
-        self.parameters, self.splits = first(each("parameters")), first(told or each("splits"))
-        self.groups = first([numbers[g] for g in groups])
+        whole = lambda said: tuple(said[c[0]] for c in chains) if len(said) == len(rows) else ()  # of all, or of none
+        self.parameters, self.splits = whole(each("parameters")), whole(told or each("splits"))
+        self.groups = whole([numbers[g] for g in groups])
         self.parts = [[rows[k] for k in c] for c in chains]
         self.times = tuple(np.concatenate([r.times[i] for r, i in part]) for part in self.parts)
 
@@ -204,15 +204,13 @@ class JoinedReader(AbstractReader):
 
     def _pieces(self, i: int, start: int, stop: int, step: int = 1) -> list[tuple[AbstractReader, int, int, int]]:
         "Reader, its trajectory, first frame and end of what each file has of the frames."
+        if len(self.parts[i]) == 1:
+            return [(*self.parts[i][0], start, stop)]
         pieces, before = [], 0
         for r, k in self.parts[i]:
-            inside = range(start, stop, step)
             length = len(r.times[k])
-            mine = [j - before for j in (inside if len(self.parts[i]) > 1 else ()) if before <= j < before + length]
-            if len(self.parts[i]) == 1:
-                pieces.append((r, k, start, stop))
-            elif mine:
-                pieces.append((r, k, mine[0], mine[-1] + 1))
+            mine = [j - before for j in range(start, stop, step) if before <= j < before + length]
+            pieces += [(r, k, mine[0], mine[-1] + 1)] if mine else []
             before += length
         return pieces
 
