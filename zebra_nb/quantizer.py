@@ -272,8 +272,12 @@ class AbstractQuantizer2d(eqx.Module):
         "The latent image in codes."
 
     @abc.abstractmethod
+    def build_up(self, indices: typing.Sequence[Int[Array, " n"]]) -> list[Float[Array, "d h w"]]:
+        "The latent images that the codes of the first 1, 2, … scales stand for."
+
     def decode(self, indices: typing.Sequence[Int[Array, " n"]]) -> Float[Array, "d h w"]:
         "The latent image that these codes stand for."
+        return self.build_up(indices)[-1]
 
     @property
     @abc.abstractmethod
@@ -339,8 +343,8 @@ class Quantizer2d(AbstractQuantizer2d):
         latent = _image(GRADIENTS[self.config.gradient](cells, q), *self.shape)
         return Quantized(latent, (indices,), mean, jnp.mean((cells - q) ** 2), book.error(cells, indices), (cells,))
 
-    def decode(self, indices):
-        return _image(self.codebooks[0].lookup(indices[0]), *self.shape)
+    def build_up(self, indices):
+        return [_image(self.codebooks[0].lookup(indices[0]), *self.shape)]
 
 # %% ../nbs/04_quantizer.ipynb #c3693955
 def area_matrix(n: int, m: int) -> np.ndarray:
@@ -449,6 +453,5 @@ class MultiScaleQuantizer2d(AbstractQuantizer2d):
         error = sum(self.book(s).error(t, i) for s, (t, i) in enumerate(zip(targets, indices)))
         return Quantized(latent, indices, mean, commitment, error, tuple(targets))
 
-    def decode(self, indices):
-        *_, (_, latent) = self.walk(lambda scale, _: indices[scale])
-        return latent
+    def build_up(self, indices):
+        return [latent for _, latent in self.walk(lambda scale, _: indices[scale])]

@@ -71,6 +71,9 @@ class VQVAETokenizer:
         self.unknown = 0  # codes met by `encode` that `fit` had not seen
         self._encode = eqx.filter_jit(lambda m, x: jax.vmap(m.encode)(x))
         self._decode = eqx.filter_jit(lambda m, codes, restore: jax.vmap(lambda c: m.decode(c, restore=restore))(codes))
+        self._build_up = eqx.filter_jit(
+            lambda m, codes: jnp.stack([m.norm.denormalize(m.decoder(z)) for z in m.quantizer.build_up(codes)])
+        )
         self.set_vocabulary(vocabulary or Vocabulary(tuple(tuple(range(len(b))) for b in self.codebooks)))
 
     def set_vocabulary(self, vocabulary: Vocabulary):
@@ -292,6 +295,16 @@ def get_embeddings(
 ) -> Float[np.ndarray, "... l d"]:
     "The code vector of every token."
     return self.codebook[self.check(tokens)]
+
+# %% ../nbs/06_tokenizer.ipynb #85d2bf92
+@patch
+def build_up(
+    self: VQVAETokenizer,
+    tokens,  # (l,), one row
+) -> Float[np.ndarray, "s c h w"]:
+    "The fields, in physical units, that the tokens of the first 1, 2, … scales stand for."
+    codes = self.vocabulary.unified_to_original[self.check(tokens)]
+    return np.asarray(self._build_up(self.model, tuple(codes[place] for place in self.scale_slices)))
 
 # %% ../nbs/06_tokenizer.ipynb #00d27828
 @patch
