@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'GREYS', 'SHADES', 'INKS', 'COLORMAPS', 'WHITE', 'PLAYER_STYLE', 'PLAYER_SCRIPT', 'palette', 'grey', 'paint',
            'as_image', 'SpectrumPanel', 'font', 'Difference', 'field_of', 'stride_for', 'Film', 'member_of',
-           'rollout_film', 'Reel', 'reel', 'player', 'ffmpeg', 'save_film']
+           'rollout_film', 'Reel', 'reel', 'player', 'page', 'ffmpeg', 'save_film']
 
 # %% ../nbs/08aa_films.ipynb #c0c39ee9
 import base64
@@ -414,7 +414,7 @@ for (const root of document.querySelectorAll("figure.zebra-player:not([data-read
 }
 """
 
-# %% ../nbs/08aa_films.ipynb #af2a8c01
+# %% ../nbs/08aa_films.ipynb #5c8d823e
 def _choices(name: str, words: Sequence[str], values: Sequence[typing.Any], chosen: int) -> str:
     "A labelled drop-down list in HTML."
     rows = zip(words, values, strict=True)
@@ -462,7 +462,16 @@ def player(
 <figcaption>{html.escape(note or title)}</figcaption>
 <script type="application/json">{data}</script><script>{PLAYER_SCRIPT}</script></figure>"""
 
-# %% ../nbs/08aa_films.ipynb #7c8983aa
+
+def page(body: str, title: str) -> str:
+    "A whole HTML page around a player."
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
+    )
+    style = "<style>body { margin: 1rem; font-family: system-ui, sans-serif; }</style>"
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}{style}</head><body><main>{body}</main></body></html>\n'
+
+# %% ../nbs/08aa_films.ipynb #888996a4
 def ffmpeg() -> str:
     "The path of the ffmpeg program; raises `InputError` where there is none."
     try:
@@ -493,8 +502,7 @@ def _write_gif(path: Path, film: Film, fps: float | int):
 
 def _write_html(path: Path, film: Film, fps: float | int):
     title = ", ".join([*film.panels, *film.below])
-    head = f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title></head>'
-    path.write_text(f"{head}<body>{player(reel(film), title, fps=fps)}</body></html>", encoding="utf-8")
+    path.write_text(page(player(reel(film), title, fps=fps), title), encoding="utf-8")
 
 
 def save_film(
