@@ -271,7 +271,7 @@ def evaluate_nsp(
 ) -> dict[str, Any]:
     "Rolls out the predictor from test frames; writes `metrics.json`, `rollout.mp4` and `report.html`; returns the metrics."
     from zebra_nb.evaluation import evaluate, write_metrics
-    from zebra_nb.figures import save_video
+    from zebra_nb.films import rollout_film, save_film
     from zebra_nb.report import rollout_sections, write_report
     from zebra_nb.rollouts import rollout
     from zebra_nb.scores import seen_tokens
@@ -293,11 +293,14 @@ def evaluate_nsp(
     metrics = evaluate(run, tokenizer, predictor=model, reference=sample, seen=seen, viscosity=viscosity)
     metrics["sampling"] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, n_ensemble=n_ensemble)
     write_metrics(out / "metrics.json", metrics)
-    film = save_video(out / "rollout.mp4", run)
+    try:
+        save_film(out / "rollout.mp4", rollout_film(run))
+    except InputError as e:
+        print(f"no video: {e}", file=sys.stderr)
     if save_fields:
         save_forecast(out / "forecast.h5", run, tokenizer, metrics["sampling"])
     about = dict(predictor=model.config.to_dict(), tokenizer=tokenizer.config.to_dict(), sampling=metrics["sampling"])
-    *sections, provenance = rollout_sections(run, metrics, tokenizer, film=film, command=command, configuration=about)
+    *sections, provenance = rollout_sections(run, metrics, tokenizer, command=command, configuration=about)
     more = [section(run) if callable(section) else section for section in more]
     lead = f"{len(run.truth)} start frames of the test part, {run.n_steps} steps of {run.dt:g} time units. Tokenizer {tokenizer.hash}."
     write_report(out / "report.html", title=title, sections=[*sections, *filter(None, more), provenance], lead=lead)
