@@ -198,7 +198,7 @@ footer { margin-top: 3rem; color: #555; font-size: 0.9rem; }
 @media (max-width: 40rem) { img.wide { max-width: none; width: 44rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
   h2 { break-after: avoid; } figure, tr, .answers dd { break-inside: avoid; } .scroll { overflow: visible; }
-  .row figure { flex: 0 1 46%; } }
+  table { font-size: 8pt; } th, td { padding-right: 0.4rem; } .row figure { flex: 0 1 46%; } }
 """
 
 

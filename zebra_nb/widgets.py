@@ -44,7 +44,7 @@ def unseen():
     finally:
         comm.create_comm = kept
 
-# %% ../nbs/08c_widgets.ipynb #e7f8dfb9
+# %% ../nbs/08c_widgets.ipynb #45e9af45
 CLICK = (
     "const b = this.getBoundingClientRect(), t = this.closest('.zebra-viewer').querySelector('.zebra-click input');"
     "t.value = [(event.clientX - b.left) / b.width, (event.clientY - b.top) / b.height, Date.now()].join(' ');"
@@ -58,7 +58,8 @@ class Picture:
     def __init__(self, png: bytes, *, alt: str, on_click: Callable | None = None):
         w = import_widgets()
         self.alt, self.on_click = alt, on_click
-        self.image = w.Image(format="png") if on_click is None else w.HTML()
+        size = w.Layout(align_self="flex-start", max_width="100%")
+        self.image = w.Image(format="png", layout=size) if on_click is None else w.HTML(layout=size)
         self.wire = w.Text(layout=w.Layout(display="none"))
         self.wire.add_class("zebra-click")
         self.wire.observe(self.clicked, "value")
