@@ -14,7 +14,7 @@ import scipy.io
 
 SMALL = (
     "--var_mode --base_channels 8 --channel_mult 1,2 --num_res_blocks 1 --hidden_dim 16 --codebook_dim 8 "
-    "--vocab_size 32 --scales 1,2,4,8 --batch_size 8 --lr 3e-3 --max_steps 4"
+    "--vocab_size 16,32,32,32 --scales 1,2,4,8 --batch_size 8 --lr 3e-3 --max_steps 4"
 ).split()
 
 
