@@ -17,6 +17,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import sys
 import typing
 from pathlib import Path
@@ -46,12 +47,11 @@ def progress(
     desc: str = "",  # the word before the bar
     **kw,  # passed on to `tqdm`
 ):
-    "A text progress bar on standard error, with rate and time left."
+    "A text progress bar on standard error, with rate and time left, no wider than the terminal or 120 characters."
     from tqdm import tqdm
 
-    return tqdm(
-        iterable, total=total, desc=desc, file=sys.stderr, ncols=120, mininterval=0.5, dynamic_ncols=False, **kw
-    )
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else 0
+    return tqdm(iterable, total=total, desc=desc, file=sys.stderr, ncols=min(width or 120, 120), mininterval=0.5, **kw)
 
 # %% ../nbs/00_core.ipynb #793db034
 @contextlib.contextmanager
