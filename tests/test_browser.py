@@ -315,6 +315,7 @@ def drag(page: Page, slider: Locator, seconds: float) -> None:
     while (share := (time.monotonic() - began) / seconds) < 1:
         page.mouse.move(box["x"] + 2 + share * (box["width"] - 4), y)
         page.wait_for_timeout(8)
+    page.mouse.move(box["x"] + box["width"] + 10, y)
     page.mouse.up()
 
 
