@@ -235,9 +235,7 @@ def plot_tokens(
     fig, axes = plt.subplots(nrows, ncols, figsize=size, layout="constrained", squeeze=False)
     for ax, i in zip(axes.flat, shown):
         rows, columns = tokenizer.grids[i]
-        plot_token_histogram(
-            pairs[0][i], pairs[1][i], ax=ax, title=f"scale {tokenizer.scales[i]}: {rows}×{columns} tokens"
-        )
+        plot_token_histogram(pairs[0][i], pairs[1][i], ax=ax, title=f"scale {tokenizer.scales[i]}: {rows}×{columns}")
     for ax in axes.flat[len(shown) :]:
         ax.set_axis_off()
     fig.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
