@@ -1,6 +1,7 @@
 """Build the package from `settings.ini`, the single source of its metadata and requirements."""
 
 from configparser import ConfigParser
+from glob import glob
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -34,6 +35,9 @@ setup(
     ],
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     package_data={cfg["lib_path"]: ["pretrained/**/*"]},
+    data_files=[
+        ("share/zebra_nb/tutorials", sorted(glob("nbs/tutorials/*.ipynb", root_dir=here)))
+    ],  # for `zebra-nb lab`
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import scipy.io
 
 SMALL = (
     "--var_mode --base_channels 8 --channel_mult 1,2 --num_res_blocks 1 --hidden_dim 16 --codebook_dim 8 "
-    "--vocab_size 32 --scales 1,2,4,8 --batch_size 8 --lr 3e-3 --max_steps 4"
+    "--vocab_size 16,32,32,32 --scales 1,2,4,8 --batch_size 8 --lr 3e-3 --max_steps 4"
 ).split()
 
 
@@ -218,3 +219,52 @@ def test_bad_numbers(work: Path):
     scales = [*SMALL, "--scales", "1,2,4,16"]
     refuses(zebra("train-vqvae", "--data_dir", "mat", "--out", "out scales", *scales, cwd=work), "scales")
     assert zebra("train-vqvae", "--data_dir", "mat", "--scales", "1;2", cwd=work).returncode == 2
+
+
+WATCHED = """
+import sys
+sys.modules.update(dict.fromkeys(("IPython", "ipywidgets", "matplotlib")))  # as if they were not installed
+from zebra_nb.core import load, read_header
+from zebra_nb.monitor import TrainingMonitor
+from zebra_nb.pipeline import split_like, train_nsp, train_vqvae
+from zebra_nb.training import TrainConfig
+
+record, config = read_header("vqvae/model.safetensors")["record"], load("vqvae/model.safetensors").config
+data = split_like(record, "mat")
+monitor, other = TrainingMonitor(data.test.snapshots()[0][None]), TrainingMonitor()
+train_vqvae(data, config, TrainConfig.from_dict(record["training"]), out="watched vqvae", watch=monitor)
+how, size = TrainConfig(max_steps=4, batch_size=8, lr=1e-3, optimizer="lion"), dict(n_layer=1, n_head=2, n_embd=16)
+train_nsp("tokens", "vqvae", how, out="watched nsp", watch=other, **size)
+assert monitor.pace.drawings == other.pace.drawings == []
+assert 0 < monitor.figure_data()["error"][0] < 2 and len(other.figure_data()["bits"]["bits"][0]) == 2
+print("both were watched")
+"""
+
+
+def in_terminal(code: str, cwd: Path) -> str:
+    "What a terminal gets from Python that runs `code` in it."
+    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    env, streams = {**os.environ, "JAX_PLATFORMS": "cpu"}, dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    process, seen = subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=env, **streams), []
+    os.close(theirs)
+    try:
+        while part := os.read(ours, 4096):
+            seen.append(part)
+    except OSError:  # how Linux tells that nobody holds the other end any more
+        pass
+    os.close(ours)
+    text = b"".join(seen).decode()
+    assert process.wait() == 0, text[-3000:]
+    return text
+
+
+def test_a_watched_run_in_a_terminal(work: Path):
+    "With a monitor as without: a bar with rate and time left, and no picture."
+    text = in_terminal(WATCHED, work)
+    for stage in ("tokenizer", "predictor"):
+        bar = rf"\rtraining {stage}: 100%\|.+\| 4/4 \[\d\d:\d\d<00:00, +[\d.]+(it/s|s/it), "
+        assert re.search(bar, text), text
+    assert "both were watched" in text and "\x1b" not in text and "Figure" not in text
+    assert (work / "watched vqvae/model.safetensors").exists() and (work / "watched nsp/tokenizer").is_dir()

@@ -78,6 +78,21 @@ except InputError as e:
     assert sizes and max(sizes) < 8e6
 
 
+def test_wheel_brings_the_tutorials(scripts: Path, tmp_path: Path):
+    "They are copied to where the lab starts; what is there already is left alone; without JupyterLab it says what to install."
+    (tmp_path / "here").mkdir()
+    first = min(path.name for path in (root / "nbs/tutorials").glob("*.ipynb"))
+    (tmp_path / "here" / first).write_text("mine")
+    code = "from pathlib import Path; from zebra_nb.cli import tutorials; print(tutorials(Path('here')))"
+    assert run(scripts / "python", "-c", code, cwd=tmp_path).strip() == "here"
+    copies = {path.name: path.read_text() for path in (tmp_path / "here").iterdir()}
+    assert copies.pop(first) == "mine"
+    assert all(text == (root / "nbs/tutorials" / name).read_text() for name, text in copies.items())
+    assert len(copies) + 1 == len(list((root / "nbs/tutorials").glob("*.ipynb")))
+    done = subprocess.run([scripts / "zebra-nb", "lab"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "pip install 'zebra_nb[lab]'" in done.stderr
+
+
 def test_wheel_has_the_command(scripts: Path, tmp_path: Path):
     "`zebra-nb --help` names the stages."
     text = run(scripts / "zebra-nb", "--help", cwd=tmp_path)

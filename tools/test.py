@@ -23,8 +23,10 @@ def main() -> None:
     threads = dict.fromkeys(("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") if workers > 1 else {}
     # Most of the time goes into compiling, and the same programs are met in several notebooks and processes.
     cache = {
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        # Who meets an entry that another process is still writing compiles for itself, and need not say so.
+        "PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry:UserWarning",
     }
     with tempfile.TemporaryDirectory() as folder:
         cache["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", folder)

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['Integers', 'COMMANDS', 'TOKENIZER_COMMANDS', 'parse_integers', 'simulate', 'names_in', 'inspect', 'train_vqvae',
-           'tokenizer_info', 'tokenizer_save', 'train_nsp', 'eval_nsp', 'parse_temperature', 'demo', 'lab', 'tokenizer',
-           'build', 'dispatch', 'main']
+           'tokenizer_info', 'tokenizer_save', 'train_nsp', 'spelled', 'eval_nsp', 'parse_temperature', 'demo',
+           'tutorials', 'lab_command', 'lab', 'tokenizer', 'build', 'dispatch', 'main']
 
 # %% ../nbs/11_cli.ipynb #fb563309
+import shlex
 import sys
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -246,6 +249,23 @@ def train_nsp(
     )
 
 
+def spelled(
+    command: Callable,
+    given: dict[str, Any],  # the values of its parameters
+) -> str:
+    "The command line that calls `command` like this; what has its default is left out."
+    words = ["zebra-nb", command.__name__.replace("_", "-")]
+    for name, parameter in signature(command).parameters.items():
+        value = given[name]
+        if value != parameter.default:
+            words += (
+                [f"--{name}" if value is True else f"--no-{name}"]
+                if isinstance(value, bool)
+                else [f"--{name}", str(value)]
+            )
+    return shlex.join(words)
+
+
 def eval_nsp(
     nsp_checkpoint: Path,  # the folder that `train-nsp --out` wrote
     data_dir: Path,  # the fields; the test part is used
@@ -263,6 +283,7 @@ def eval_nsp(
     save_fields: bool = False,  # write forecast.h5, too, in the units and on the grid of the files
 ) -> None:
     "Roll out a predictor from held-out frames and write metrics, video and report."
+    command = spelled(eval_nsp, locals())
     from zebra_nb import pipeline
     from zebra_nb.simulate import system_of
 
@@ -272,7 +293,7 @@ def eval_nsp(
     metrics = pipeline.evaluate_nsp(
         nsp_checkpoint, data, out=out, n_samples=n_samples, n_steps=n_steps, save_fields=save_fields,
         n_ensemble=n_ensemble, temperature=parse_temperature(temperature), top_k=top_k, top_p=top_p, seed=seed,
-        tokens_path=tokens_path, system=system_of(data_dir),
+        tokens_path=tokens_path, system=system_of(data_dir), command=command,
     )  # fmt: skip
     print(pipeline.summary(metrics) + f"\n\nwrote {out / 'report.html'}")
 
@@ -296,20 +317,53 @@ def demo(
     metrics = pipeline.demo(out, data_dir=data_dir, seed=seed)
     print(pipeline.summary(metrics) + f"\n\nopen {out / 'report.html'}")
 
+# %% ../nbs/11_cli.ipynb #38c9e3f1
+def tutorials(into: Path) -> Path:
+    "The folder of the tutorials: a checkout's own, or copies in `into`, where those that are there already are left alone."
+    import shutil
 
-def lab(
-    folder: Path | None = None,  # where to start; `nbs` in a checkout, else the current folder
-) -> None:
-    "Open JupyterLab."
+    own = Path(__file__).resolve().parents[1] / "nbs" / "tutorials"
+    if own.is_dir():
+        return own
+    brought = Path(sys.prefix) / "share" / "zebra_nb" / "tutorials"
+    if not brought.is_dir():
+        raise InputError(
+            f"the tutorials did not come with this installation ('{brought}'): install zebra_nb again, or pass --folder"
+        )
+    into.mkdir(parents=True, exist_ok=True)
+    for path in sorted(brought.glob("*.ipynb")):
+        if not (into / path.name).exists():
+            shutil.copy(path, into)
+    return into
+
+
+def lab_command(folder: Path, port: int | None = None, browser: bool = True) -> list[str]:
+    "What starts JupyterLab in `folder`, on its first notebook; raises `InputError` where it is not installed."
     import importlib.util
-    import subprocess
 
-    if importlib.util.find_spec("jupyterlab") is None:
-        raise InputError("JupyterLab is not installed: pip install 'zebra_nb[lab]'")
-    folder = folder or (Path("nbs") if Path("nbs").is_dir() else Path("."))
+    for module in ("jupyterlab", "ipykernel", "ipywidgets"):
+        if importlib.util.find_spec(module) is None:
+            raise InputError(f"{module} is not installed: pip install 'zebra_nb[lab]'")
     if not folder.is_dir():
         raise InputError(f"there is no folder '{folder}' to open")
-    raise SystemExit(subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)]))
+    first = min((f"/lab/tree/{path.name}" for path in folder.glob("*.ipynb")), default="/lab")
+    options = [f"--ServerApp.root_dir={folder.resolve()}", f"--LabApp.default_url={first}"]
+    options += [f"--ServerApp.port={port}"] if port else []
+    return [sys.executable, "-m", "jupyterlab", *options, *([] if browser else ["--no-browser"])]
+
+
+def lab(
+    folder: Path | None = None,  # to open; the tutorials when not given
+    port: int | None = None,  # of the server; JupyterLab's own choice when not given
+    browser: bool = True,  # open one
+) -> None:
+    "Open JupyterLab on the tutorials, with this Python as their kernel."
+    import os
+    import subprocess
+
+    command = lab_command(folder or tutorials(Path("zebra_nb_tutorials")), port, browser)
+    prefer = {"JUPYTER_PREFER_ENV_PATH": "1"}  # the kernel of this environment, not one of the user's of the same name
+    raise SystemExit(subprocess.call(command, env={**os.environ, **prefer}))
 
 # %% ../nbs/11_cli.ipynb #d66339a9
 COMMANDS = {

@@ -197,13 +197,16 @@ def from_fourier_numbers(a: Float[Array, "*b h w"]) -> Float[Array, "*b h w"]:
     return jnp.fft.ifft2(jnp.where(half == 0, a + 0j, pair), norm="ortho").real
 
 # %% ../nbs/07a_metrics.ipynb #e667a46e
+_energy = jax.jit(lambda x: jnp.sum(fourier_numbers(x) ** 2, axis=0))
+_energy_lost = jax.jit(lambda x, kept: jnp.sum(jnp.where(kept, 0, fourier_numbers(x)) ** 2, axis=(-3, -2, -1)))
+
+
 def fourier_energy(
     fields: Float[Numbers, "b c h w"],  # in physical units
 ) -> Float[np.ndarray, "c h w"]:
     "The mean square of each real Fourier number over these fields."
-    square = jax.jit(lambda x: jnp.sum(fourier_numbers(x) ** 2, axis=0))
     chunks = (fields[i : i + 64] for i in range(0, len(fields), 64))
-    return sum(np.asarray(square(x), np.float64) for x in chunks) / len(fields)
+    return sum(np.asarray(_energy(x), np.float64) for x in chunks) / len(fields)
 
 
 def fourier_truncation(
@@ -216,10 +219,8 @@ def fourier_truncation(
     energy = fourier_energy(fields if reference is None else reference)
     kept = np.zeros(energy.size, bool)
     kept[np.argsort(-energy.ravel(), kind="stable")[: max(0, n_coefficients)]] = True
-    lost = jax.jit(
-        lambda x: jnp.sum(jnp.where(kept.reshape(energy.shape), 0, fourier_numbers(x)) ** 2, axis=(-3, -2, -1))
-    )
-    chunks = [np.asarray(lost(fields[i : i + 64]), np.float64) for i in range(0, len(fields), 64)]
+    kept = kept.reshape(energy.shape)
+    chunks = [np.asarray(_energy_lost(fields[i : i + 64], kept), np.float64) for i in range(0, len(fields), 64)]
     size = np.sum(np.asarray(fields, np.float64) ** 2, axis=(-3, -2, -1))
     return np.sqrt(np.concatenate(chunks) / np.maximum(size, 1e-300))
 

@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ def train_vqvae(
     resume: bool = False,
     threads: int = 1,  # that read ahead
     workers: int = 0,  # processes that read ahead in their place
+    watch: Callable | None = None,  # passed on to `fit`, say a `TrainingMonitor`
 ) -> tuple[AbstractVQVAE2d, History]:
     "Trains a VQ-VAE on the training part; raises `InputError` if the fields are not of the configured shape."
     want, found = (config.channels, *config.field_size), tuple(data.train.field_shape)
@@ -147,7 +148,8 @@ def train_vqvae(
     train = Loader(source, how.batch_size, seed=how.seed, threads=threads, workers=workers)
     return fit(
         model, vqvae_loss, train, valid=held_out(data.valid.snapshots(), how.batch_size),
-        config=how, out=out, resume=resume, record={"data": describe(data.train)}, finish=finish, desc="training tokenizer",
+        config=how, out=out, resume=resume, record={"data": describe(data.train)}, finish=finish, watch=watch,
+        desc="training tokenizer",
     )  # fmt: skip
 
 # %% ../nbs/09a_pipeline.ipynb #8bb323ca
@@ -192,6 +194,7 @@ def train_nsp(
     epochs: float | int | None = None,  # instead of `how.max_steps`
     resume: bool = False,
     loss: dict[str, Any] | None = None,  # options of `nsp_loss`: scale_weights, substitution
+    watch: Callable | None = None,  # passed on to `fit`, say a `TrainingMonitor`
     **size,  # of the transformer: n_layer, n_head, n_embd, …
 ) -> tuple[NextScalePredictor, History]:
     "Trains a next-scale predictor on a folder of token files; stores the tokenizer beside it."
@@ -206,7 +209,7 @@ def train_nsp(
     model, history = fit(
         model, functools.partial(nsp_loss, **(loss or {})), Loader(pairs, how.batch_size, seed=how.seed),
         valid=held_out(held, how.batch_size, 32), valid_loss=nsp_loss,
-        config=how, out=out, resume=resume, record={"tokenizer": tokenizer.hash}, desc="training predictor",
+        config=how, out=out, resume=resume, record={"tokenizer": tokenizer.hash}, watch=watch, desc="training predictor",
         per_sample={"tokens": pairs[0].shape[-1], "flop": training_flop(model.config)},
     )  # fmt: skip
     tokenizer.save_pretrained(out / "tokenizer")
@@ -271,7 +274,7 @@ def evaluate_nsp(
 ) -> dict[str, Any]:
     "Rolls out the predictor from test frames; writes `metrics.json`, `rollout.mp4` and `report.html`; returns the metrics."
     from zebra_nb.evaluation import evaluate, write_metrics
-    from zebra_nb.figures import save_video
+    from zebra_nb.films import rollout_film, save_film
     from zebra_nb.report import rollout_sections, write_report
     from zebra_nb.rollouts import rollout
     from zebra_nb.scores import seen_tokens
@@ -293,11 +296,14 @@ def evaluate_nsp(
     metrics = evaluate(run, tokenizer, predictor=model, reference=sample, seen=seen, viscosity=viscosity)
     metrics["sampling"] = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, n_ensemble=n_ensemble)
     write_metrics(out / "metrics.json", metrics)
-    film = save_video(out / "rollout.mp4", run)
+    try:
+        save_film(out / "rollout.mp4", rollout_film(run))
+    except InputError as e:
+        print(f"no video: {e}", file=sys.stderr)
     if save_fields:
         save_forecast(out / "forecast.h5", run, tokenizer, metrics["sampling"])
     about = dict(predictor=model.config.to_dict(), tokenizer=tokenizer.config.to_dict(), sampling=metrics["sampling"])
-    *sections, provenance = rollout_sections(run, metrics, tokenizer, film=film, command=command, configuration=about)
+    *sections, provenance = rollout_sections(run, metrics, tokenizer, command=command, configuration=about)
     more = [section(run) if callable(section) else section for section in more]
     lead = f"{len(run.truth)} start frames of the test part, {run.n_steps} steps of {run.dt:g} time units. Tokenizer {tokenizer.hash}."
     write_report(out / "report.html", title=title, sections=[*sections, *filter(None, more), provenance], lead=lead)

@@ -28,6 +28,7 @@ from zebra_nb.figures import (
     plot_usage,
     quantity,
 )
+from .films import player, reel, rollout_film
 from .metrics import token_counts
 from .rollouts import LABELS, Rollout, beats_persistence, lead_steps
 
@@ -67,7 +68,8 @@ def table(
         cells = "".join(f"<td>{html.escape(number(x))}</td>" for x in rest)
         body += f'<tr><th scope="row">{html.escape(number(first))}</th>{cells}</tr>\n'
     title = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-    scroll = '<div class="scroll" tabindex="0" role="region" aria-label="table">'
+    label = html.escape(caption or f"table: {', '.join(header)}", quote=True)
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{label}">'
     return f"{scroll}<table>{title}<thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>"
 
 # %% ../nbs/08b_report.ipynb #8972826c
@@ -93,7 +95,8 @@ def picture(
     plt.close(figure)
     source = data_uri(buffer.getvalue(), "image/svg+xml" if kind == "svg" else "image/png")
     image = f'<img src="{source}" alt="{html.escape(alt, quote=True)}"{" class=wide" if wide else ""}>'
-    image = f'<div class="scroll" tabindex="0" role="region" aria-label="figure">{image}</div>' if wide else image
+    region = f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(alt, quote=True)}">'
+    image = f"{region}{image}</div>" if wide else image
     return f"<figure>{image}<figcaption>{html.escape(caption or alt)}</figcaption></figure>"
 
 
@@ -194,7 +197,8 @@ pre { background: #f4f4f4; padding: 0.8rem; overflow-x: auto; white-space: pre-w
 footer { margin-top: 3rem; color: #555; font-size: 0.9rem; }
 @media (max-width: 40rem) { img.wide { max-width: none; width: 44rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
-  h2 { break-after: avoid; } figure, tr, .answers dd { break-inside: avoid; } .scroll { overflow: visible; } }
+  h2 { break-after: avoid; } figure, tr, .answers dd { break-inside: avoid; } .scroll { overflow: visible; }
+  table { font-size: 8pt; } th, td { padding-right: 0.4rem; } .row figure { flex: 0 1 46%; } }
 """
 
 
@@ -275,18 +279,28 @@ def summary_section(metrics: dict[str, typing.Any], questions: Sequence[Answer] 
     return Section("In short", [answers(questions), *note, *tables])
 
 # %% ../nbs/08b_report.ipynb #3168f24c
-def film_section(rollout: Rollout, film: Path | None = None, sample: int = 0) -> Section:
-    "The video and a grid of frames of one start frame, each channel by itself."
-    grids = [
-        picture(
-            plot_rollout(rollout, sample, channel=i),
-            f"{quantity(name)}: truth, round trip and forecast at several lead times",
-            wide=True,
+def film_section(
+    rollout: Rollout,
+    *,
+    at_most: int = 3_000_000,  # bytes of a channel's film, all start frames together
+) -> Section:
+    "A film of every start frame, with a slider, and a grid of frames of the first one; each channel by itself."
+    parts, n = [], len(rollout.truth)
+    for i, name in enumerate(rollout.channels):
+        films = {
+            str(j): rollout_film(rollout, j, channel=i, difference=True, spectrum=True, size=224) for j in range(n)
+        }
+        reels = {start: reel(film, at_most=at_most // n) for start, film in films.items()}
+        what = f"{quantity(name)}: truth, round trip and forecast"
+        parts.append(
+            player(
+                reels,
+                what,
+                note=f"{what}; below, the forecast's error and the spectra. The arrow keys move the slider.",
+            )
         )
-        for i, name in enumerate(rollout.channels)
-    ]
-    films = [video(film, "Truth, the truth after a round trip through the tokens, and the forecast")] if film else []
-    return Section("The rollout", [*films, *grids])
+        parts.append(picture(plot_rollout(rollout, 0, channel=i), f"{what} at several lead times", wide=True))
+    return Section("The rollout", parts)
 
 
 def error_section(metrics: dict[str, typing.Any]) -> Section:
@@ -302,7 +316,7 @@ def error_section(metrics: dict[str, typing.Any]) -> Section:
         for name, error in metrics["trajectory_relative_l2"].items()
     ]
     bands = [f"k {a}" if a == b else f"k {a} to {b}" for a, b in metrics["band_errors"]["bands"]]
-    header = ["", "relative L2 of the trajectory", "correlation time [steps]", *bands]
+    header = ["who", "relative L2 of the trajectory", "correlation time [steps]", *bands]
     caption = f"Whole trajectories; the first step with a correlation under 0.8; and the relative L2 error of each band of wavenumbers at step {metrics['known_steps']}."
     return Section("Error against lead time", [paragraph(text), side_by_side(*pictures), table(header, rows, caption)])
 
@@ -443,14 +457,13 @@ def rollout_sections(
     metrics: dict[str, typing.Any],  # from `evaluate`
     tokenizer: typing.Any,
     *,
-    film: Path | None = None,  # from `save_video`
     questions: Sequence[Answer] | None = None,  # those of `questions_of` when None
     histories: dict[str, typing.Any] | None = None,  # training histories by name, drawn by their `plot`
     command: str = "",
     configuration: dict[str, typing.Any] | None = None,
 ) -> list[Section]:
     "The sections of a rollout's report: answers, film, errors, spectra, ensemble, tokens, training, provenance."
-    sections = [summary_section(metrics, questions), film_section(rollout, film), error_section(metrics)]
+    sections = [summary_section(metrics, questions), film_section(rollout), error_section(metrics)]
     sections += [
         flow_section(metrics),
         *filter(None, [ensemble_section(metrics)]),

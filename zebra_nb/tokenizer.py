@@ -62,6 +62,10 @@ def unify(
     return table.astype(np.int32)
 
 # %% ../nbs/06_tokenizer.ipynb #e2dd8c86
+_encode = eqx.filter_jit(lambda m, x: jax.vmap(m.encode)(x))  # all tokenizers of one architecture share a program
+_decode = eqx.filter_jit(lambda m, codes, restore: jax.vmap(lambda c: m.decode(c, restore=restore))(codes))
+
+
 class VQVAETokenizer:
     "Fields in physical units ↔ rows of tokens from one vocabulary. Make one with `from_checkpoint` or `from_pretrained`, then `fit`."
 
@@ -69,11 +73,6 @@ class VQVAETokenizer:
         self.model, self.config, self.record = model, model.config, record or {}  # what is known of the training
         self.codebooks = [np.asarray(model.quantizer.book(i).vectors) for i in range(len(model.quantizer.grids))]
         self.unknown = 0  # codes met by `encode` that `fit` had not seen
-        self._encode = eqx.filter_jit(lambda m, x: jax.vmap(m.encode)(x))
-        self._decode = eqx.filter_jit(lambda m, codes, restore: jax.vmap(lambda c: m.decode(c, restore=restore))(codes))
-        self._build_up = eqx.filter_jit(
-            lambda m, codes: jnp.stack([m.norm.denormalize(m.decoder(z)) for z in m.quantizer.build_up(codes)])
-        )
         self.set_vocabulary(vocabulary or Vocabulary(tuple(tuple(range(len(b))) for b in self.codebooks)))
 
     def set_vocabulary(self, vocabulary: Vocabulary):
@@ -189,7 +188,7 @@ def _in_chunks(apply: typing.Callable, x: np.ndarray) -> np.ndarray:
 @patch
 def original_codes(self: VQVAETokenizer, fields: Float[np.ndarray, "b c h w"]) -> Int[np.ndarray, "b l"]:
     "The model's own code numbers (before unification), all scales side by side."
-    return _in_chunks(lambda x: jnp.concatenate(self._encode(self.model, x), axis=1), fields)
+    return _in_chunks(lambda x: jnp.concatenate(_encode(self.model, x), axis=1), fields)
 
 # %% ../nbs/06_tokenizer.ipynb #49f76126
 LOUDEST = 100.0  # strongest field to encode, in standard deviations of the training fields
@@ -239,7 +238,7 @@ def decode(
     tokens = self.check(tokens)
     codes = self.vocabulary.unified_to_original[tokens].reshape(-1, tokens.shape[-1])
     split = lambda rows: tuple(rows[:, place] for place in self.scale_slices)
-    fields = _in_chunks(lambda rows: self._decode(self.model, split(rows), restore), codes)
+    fields = _in_chunks(lambda rows: _decode(self.model, split(rows), restore), codes)
     return fields.reshape(*tokens.shape[:-1], *self.field_shape)
 
 
@@ -296,7 +295,12 @@ def get_embeddings(
     "The code vector of every token."
     return self.codebook[self.check(tokens)]
 
-# %% ../nbs/06_tokenizer.ipynb #85d2bf92
+# %% ../nbs/06_tokenizer.ipynb #d8e2799c
+_build_up = eqx.filter_jit(
+    lambda m, codes: jnp.stack([m.norm.denormalize(m.decoder(z)) for z in m.quantizer.build_up(codes)])
+)
+
+
 @patch
 def build_up(
     self: VQVAETokenizer,
@@ -304,7 +308,7 @@ def build_up(
 ) -> Float[np.ndarray, "s c h w"]:
     "The fields, in physical units, that the tokens of the first 1, 2, … scales stand for."
     codes = self.vocabulary.unified_to_original[self.check(tokens)]
-    return np.asarray(self._build_up(self.model, tuple(codes[place] for place in self.scale_slices)))
+    return np.asarray(_build_up(self.model, tuple(codes[place] for place in self.scale_slices)))
 
 # %% ../nbs/06_tokenizer.ipynb #00d27828
 @patch

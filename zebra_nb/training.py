@@ -225,6 +225,8 @@ class Checkpoints:
 class History(list):
     "The records of a run: dictionaries with `step`, the losses and metrics, `seconds`; validation records have `valid_…` entries."
 
+    max_steps: int | None = None  # where the run ends, where `fit` has said so
+
     def column(self, name: str) -> tuple[list, list]:
         "Steps and values of the records that have `name`."
         rows = [r for r in self if name in r]
@@ -337,6 +339,13 @@ class Meter:
         return rates
 
 # %% ../nbs/03_training.ipynb #7ca7d8ad
+def _watched(row: dict[str, float | int]) -> dict[str, str]:
+    "What the bar shows of a record: the losses and metrics of training."
+    hidden = ("step", "seconds", "grad_norm")
+    names = (k for k in row if k not in hidden and "valid" not in k and "per_second" not in k)
+    return {k: f"{row[k]:.3g}" for k in names}
+
+
 def fit(
     model: AbstractModel,
     loss: typing.Callable,  # (model, batch, *, key) → (scalar, Aux)
@@ -353,6 +362,8 @@ def fit(
     finish: typing.Callable
     | None = None,  # model → model: what is done to it after the last step; checkpoints go without
     per_sample: dict[str, float | int] | None = None,  # of what to log the rate: {"tokens": 341, "flop": 2e9}
+    watch: typing.Callable
+    | None = None,  # (history, model) after every logged step, and at the end: look, do not change
     desc: str = "training",  # the word before the bar
 ) -> tuple[AbstractModel, History]:
     "Trains `model` for `config.max_steps` steps; returns it with the run's history. Raises `InputError` if the loss stops being finite."
@@ -368,6 +379,7 @@ def fit(
     start = int(state.step)
     _same_batches(out, train, resumed=start > 0)
     history = HistoryFile(out and out / "history.jsonl", resume_at=start)
+    history.records.max_steps = config.max_steps
     pending, meter = [], Meter(config, per_sample)  # metrics since the last look: looking waits for the device
     finish = finish or (lambda model: model)
     bar, began = progress(total=config.max_steps, desc=desc, initial=start), time.perf_counter()
@@ -386,17 +398,13 @@ def fit(
                     row |= validate(state.result, valid)
                     meter.look(i)  # validation is not training
                 history.append(row)
-                bar.set_postfix(
-                    {
-                        k: f"{v:.3g}"
-                        for k, v in row.items()
-                        if k not in ("step", "seconds", "grad_norm") and "valid" not in k and "per_second" not in k
-                    },
-                    refresh=False,
-                )
+                bar.set_postfix(_watched(row), refresh=False)
             if keep:
                 checkpoints.save(state)
             bar.update()
+            if log and watch:
+                watch(history.records, state.result)
+                meter.look(i)  # nor is watching
     model = finish(state.result)
     if checkpoints:
         checkpoints.close()
@@ -409,4 +417,6 @@ def fit(
                 "final": history.records[-1] if history.records else {},
             },
         )
+    if watch:
+        watch(history.records, model)
     return model, history.records

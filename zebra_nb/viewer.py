@@ -20,7 +20,7 @@ from .metrics import relative_l2, shell_spectrum
 from .rollouts import Rollout
 from .widgets import AbstractViewer, Setting, import_widgets
 
-# %% ../nbs/09_viewer.ipynb #5c3dbc6b
+# %% ../nbs/09_viewer.ipynb #63820710
 class RolloutViewer(AbstractViewer):
     "Truth, round trip and forecast side by side, with a slider over the steps."
 
@@ -108,7 +108,7 @@ class RolloutViewer(AbstractViewer):
         w, steps = import_widgets(), self.choices("frame")
         scope = dict(min=0, max=steps[-1], step=steps.step, value=self.frame)
         play = self.link("frame", w.Play(**scope, interval=round(1000 / self.speed)))
-        slider = self.link("frame", w.IntSlider(**scope, description=self.along, continuous_update=True))
+        slider = self.link("frame", w.IntSlider(**scope, description=self.along, layout=w.Layout(width="26em")))
         speed = self.link("speed", self._list("speed", "speed", [f"{r} per second" for r in self.choices("speed")]))
         speed.observe(lambda change: setattr(play, "interval", round(1000 / change["new"])), "value")
         starts = [f"{i}: frame {t} of trajectory {n}" for i, (n, t) in enumerate(self.rollout.starts)]

@@ -193,6 +193,16 @@ class SpectralGain(Buffer):
         return jax.scipy.fft.idctn(scaled, axes=(1, 2), norm="ortho")
 
 
+@eqx.filter_jit
+def _latents(model: "AbstractVQVAE2d", fields: Float[Array, "b c h w"]) -> Float[Array, "b d h2 w2"]:
+    return jax.vmap(lambda x: model.encoder(model.norm.normalize(x)))(fields)
+
+
+@eqx.filter_jit
+def _statistics(model: "AbstractVQVAE2d", fields: Float[Array, "b c h w"], key: PRNGKeyArray) -> dict:
+    return model.quantizer.statistics(jax.vmap(model.quantizer)(_latents(model, fields)), key=key)
+
+
 class AbstractVQVAE2d(AbstractModel):
     "Base of VQ-VAEs: one field `(c, h, w)` in, its reconstruction out. Subclasses choose the quantizer."
 
@@ -252,21 +262,15 @@ class AbstractVQVAE2d(AbstractModel):
 
     def start(self, fields: Float[Array, "b c h w"], *, key: PRNGKeyArray) -> "AbstractVQVAE2d":
         "The model with its codebooks fitted to what the untrained encoder makes of some first fields."
-        z = eqx.filter_jit(lambda m, x: jax.vmap(lambda u: m.encoder(m.norm.normalize(u)))(x))(self, fields)
+        z = _latents(self, fields)
         return eqx.tree_at(lambda m: m.quantizer, self, self.quantizer.start(z, key=key))
 
     def refit(self, batches: typing.Sequence[Float[Array, "b c h w"]], *, steps: int = 3, key: PRNGKeyArray):
         "The model with its codebooks fitted to the latents of many fields, encoder and decoder as they are: Lloyd's algorithm, with revival."
-
-        @eqx.filter_jit
-        def learn(model, fields, key):
-            quantized = jax.vmap(lambda x: model.quantizer(model.encoder(model.norm.normalize(x))))(fields)
-            return model.quantizer.statistics(quantized, key=key)
-
         add, is_one = lambda a, b: a + b, lambda x: isinstance(x, CodeStatistics)
         model = self
         for k in jax.random.split(key, steps):
-            found = [learn(model, fields, jax.random.fold_in(k, i)) for i, fields in enumerate(batches)]
+            found = [_statistics(model, fields, jax.random.fold_in(k, i)) for i, fields in enumerate(batches)]
             total = functools.reduce(lambda a, b: jax.tree.map(add, a, b, is_leaf=is_one), found)
             model = eqx.tree_at(lambda m: m.quantizer, model, model.quantizer.update(total, decay=0.0))
         return model
