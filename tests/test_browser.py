@@ -315,6 +315,7 @@ def drag(page: Page, slider: Locator, seconds: float) -> None:
     while (share := (time.monotonic() - began) / seconds) < 1:
         page.mouse.move(box["x"] + 2 + share * (box["width"] - 4), y)
         page.wait_for_timeout(8)
+    page.mouse.move(box["x"] + box["width"] + 10, y)
     page.mouse.up()
 
 
@@ -327,20 +328,17 @@ def test_rollout_viewer_keeps_up(viewers: Page):
     assert image.evaluate("e => [e.naturalWidth, e.naturalHeight]")[0] > 3 * 256
     count = """e => { window.seen = []; new MutationObserver(() => window.seen.push(performance.now())).observe(e, {attributes: true, attributeFilter: ['src']}) }"""
     image.evaluate(count)
-    rates = []
+    rates, number = [], viewer.locator(".widget-readout").first
     for _ in range(3):  # the first paints, the others look up; a shared machine may hold up one of them
         viewers.evaluate("window.seen.length = 0")
         drag(viewers, slider, 2.0)
         until(lambda: viewer.locator(".noUi-handle").get_attribute("aria-valuenow") == "59.0", why="dragged short")
         seen = viewers.evaluate("window.seen")
         rates.append((len(seen) - 1) / (seen[-1] - seen[0]) * 1000)
-        box = slider.bounding_box()
-        viewers.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
-        viewers.wait_for_timeout(200)
+        slider.locator(".noUi-handle").press("Home")
+        until(lambda: number.inner_text() == "0", why="the key Home does not go to step 0")
     (artefacts / "frame_rates.json").write_text(json.dumps(rates))
     assert max(rates) >= 20, rates
-    number = viewer.locator(".widget-readout").first
-    until(lambda: number.inner_text() == "0", why="a click on the slider's left end does not go to step 0")
     viewer.locator(".widget-play button").first.click()
     until(lambda: number.inner_text() not in "0123", 10, "play does not move on")
     viewer.locator(".widget-play button").first.click()

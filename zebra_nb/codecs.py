@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from scipy.fft import dctn, idctn
 from scipy.special import ndtr
 
-from .core import InputError
+from .core import InputError, new_axes
 from zebra_nb.metrics import (
     Numbers,
     energy_spectrum,
@@ -377,9 +377,9 @@ def plot_rate_distortion(
     title: str | None = None,
 ):
     "Error against bits, one labelled line per rival (a star for one at a single rate), the bound dashed; returns the axes."
-    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
 
-    ax = plt.subplots(figsize=(5.6, 3.6), layout="constrained")[1] if ax is None else ax
+    ax = new_axes(ax, 5.6, 3.6)
     for name, line in points.lines().items():
         style = "--" if name.startswith("Gaussian bound") else "*" if len(line) == 1 else "o-"
         ax.loglog([p.bits for p in line], [p.error for p in line], style, label=name, ms=11 if style == "*" else 4)
@@ -390,7 +390,7 @@ def plot_rate_distortion(
         steps = np.outer(10.0 ** np.arange(-3, 7), digits).ravel()
         shown = steps[(steps > min(values) / 1.1) & (steps < max(values) * 1.1)]
         axis.set_ticks(shown, [f"{v:,.0f}" if v >= 10 else f"{v:.3g}" for v in shown])
-        axis.set_minor_locator(plt.NullLocator())
+        axis.set_minor_locator(NullLocator())
     ax.grid(color="0.92")
     ax.set(xlabel="bits per frame", ylabel="relative L2 error", title=title or "")
     ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -28,6 +28,7 @@ from zebra_nb.core import (
     AbstractModel,
     InputError,
     named_leaves,
+    new_axes,
     progress,
     save,
     trainable,
@@ -234,9 +235,7 @@ class History(list):
 
     def plot(self, *names: str, ax=None):
         "Draws columns against the step, losses on a logarithmic axis; validation as dots. Returns the axes."
-        import matplotlib.pyplot as plt
-
-        ax = plt.subplots(figsize=(5, 2.8), layout="constrained")[1] if ax is None else ax
+        ax = new_axes(ax, 5, 2.8)
         for i, name in enumerate(names or ("loss",)):
             ax.plot(*self.column(name), color=f"C{i}", lw=1, label=name)
             ax.plot(*self.column(f"valid_{name}"), "o-", ms=3, color=f"C{i}", alpha=0.6)

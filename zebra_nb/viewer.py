@@ -10,7 +10,6 @@ import functools
 import typing
 from pathlib import Path
 
-import numpy as np
 from fastcore.basics import patch
 
 from .core import InputError
