@@ -240,10 +240,14 @@ def lab(tmp_path_factory) -> Iterator[Callable[[Path], str]]:
     "JupyterLab as `zebra-nb lab` starts it; gives the address of a notebook, copied into its folder."
     folder, config = tmp_path_factory.mktemp("lab"), tmp_path_factory.mktemp("config")
     (config / "jupyter_server_config.json").write_text(json.dumps({"ServerApp": {"allow_root": True}}))
+    quiet = config / "lab" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(config), "JUPYTER_TOKEN": "test", "PYTHONPATH": str(root)}
+    env["JUPYTERLAB_SETTINGS_DIR"] = str(config / "lab")
     command = [
         sys.executable,
         "-c",

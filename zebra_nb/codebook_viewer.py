@@ -100,7 +100,13 @@ class CodebookViewer(AbstractViewer):
     def controls(self):
         w = import_widgets()
         scales = self.link(
-            "scale", w.ToggleButtons(options=self.choices("scale"), value=self.scale, description="scale")
+            "scale",
+            w.ToggleButtons(
+                options=self.choices("scale"),
+                value=self.scale,
+                description="scale",
+                layout=w.Layout(width="max-content"),
+            ),
         )
         scales.style.button_width = "4em"
         number = w.BoundedIntText(min=0, max=self.choices("code")[-1], value=self.code, description="code")

@@ -105,9 +105,10 @@ class ScaleViewer(AbstractViewer):
 
     def controls(self):
         w = import_widgets()
-        scales = w.ToggleButtons(options=self.choices("scale"), value=self.scale, description="scale")
+        wide = w.Layout(width="max-content")
+        scales = w.ToggleButtons(options=self.choices("scale"), value=self.scale, description="scale", layout=wide)
         scales.style.button_width = "4em"
-        tools = w.ToggleButtons(options=self.choices("tool"), value=self.tool, description="click to")
+        tools = w.ToggleButtons(options=self.choices("tool"), value=self.tool, description="click to", layout=wide)
         tools.style.button_width = "5em"
         brush = w.BoundedIntText(min=0, max=self.choices("brush")[-1], value=self.brush, description="brush")
         back = w.Button(description="reset", tooltip="the field's own tokens again")

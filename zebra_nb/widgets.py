@@ -259,7 +259,7 @@ def _repr_mimebundle_(self: AbstractViewer, include=None, exclude=None) -> dict[
         live, why = {}, f", since {e}"
     still = {"text/plain": repr(self), "image/png": base64.b64encode(self.image).decode()}
     note = f"{self.title} (a copy that needs no kernel{why})"
-    return still | {"text/html": self.static(note, self.still_bytes)} | live
+    return live | still | {"text/html": self.static(note, self.still_bytes)}
 
 
 @patch
