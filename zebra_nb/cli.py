@@ -346,8 +346,12 @@ def lab_command(folder: Path, port: int | None = None, browser: bool = True) -> 
             raise InputError(f"{module} is not installed: pip install 'zebra_nb[lab]'")
     if not folder.is_dir():
         raise InputError(f"there is no folder '{folder}' to open")
-    first = min((f"/lab/tree/{path.name}" for path in folder.glob("*.ipynb")), default="/lab")
-    options = [f"--ServerApp.root_dir={folder.resolve()}", f"--LabApp.default_url={first}"]
+    book = folder.resolve().parent
+    top = (
+        book if (book / "index.ipynb").exists() else folder.resolve()
+    )  # so that links to other notebooks lead somewhere
+    first = min((path.resolve().relative_to(top).as_posix() for path in folder.glob("*.ipynb")), default=None)
+    options = [f"--ServerApp.root_dir={top}", f"--LabApp.default_url=/lab{'/tree/' + first if first else ''}"]
     options += [f"--ServerApp.port={port}"] if port else []
     return [sys.executable, "-m", "jupyterlab", *options, *([] if browser else ["--no-browser"])]
 

@@ -165,8 +165,8 @@ class AbstractViewer(abc.ABC):
         if value != self.state[name]:
             self.state[name] = value
             self.settle(name)
-            self.follow()
             self.refresh()
+            self.follow()
 
     def settle(self, name: str):
         "Adjusts other settings once this one has changed; here there are none."
