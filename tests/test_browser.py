@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -194,7 +195,7 @@ def test_exported_notebooks_show_their_figures(browser: Browser, tmp_path: Path)
         page, _ = exporter.from_notebook_node(notebook)
         n_pictures, n_players = pictures_in(notebook)
         assert page.count("<img") >= n_pictures + n_players, path.name
-        assert page.count('class="zebra-player"') == n_players, path.name
+        assert len(re.findall('<figure[^>]*class="zebra-player"', page)) == n_players, path.name
         assert "application/vnd.jupyter.widget" not in page, path.name
         if n_players:
             players.append(tmp_path / f"{path.stem}.html")
@@ -333,7 +334,7 @@ def test_rollout_viewer_keeps_up(viewers: Page):
     count = """e => { window.seen = []; new MutationObserver(() => window.seen.push(performance.now())).observe(e, {attributes: true, attributeFilter: ['src']}) }"""
     image.evaluate(count)
     rates, number = [], viewer.locator(".widget-readout").first
-    for _ in range(3):  # the first paints, the others look up; a shared machine may hold up one of them
+    for _ in range(5):  # the first paints, the others look up; a shared machine may hold up one of them
         viewers.evaluate("window.seen.length = 0")
         drag(viewers, slider, 2.0)
         until(lambda: viewer.locator(".noUi-handle").get_attribute("aria-valuenow") == "59.0", why="dragged short")

@@ -1269,4 +1269,5 @@ d = { 'settings': { 'branch': 'main',
                                   'zebra_nb.widgets.figure_png': ('widgets.html#figure_png', 'zebra_nb/widgets.py'),
                                   'zebra_nb.widgets.import_widgets': ('widgets.html#import_widgets', 'zebra_nb/widgets.py'),
                                   'zebra_nb.widgets.listed': ('widgets.html#listed', 'zebra_nb/widgets.py'),
+                                  'zebra_nb.widgets.png_size': ('widgets.html#png_size', 'zebra_nb/widgets.py'),
                                   'zebra_nb.widgets.unseen': ('widgets.html#unseen', 'zebra_nb/widgets.py')}}}

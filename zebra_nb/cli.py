@@ -359,11 +359,10 @@ def lab(
 ) -> None:
     "Open JupyterLab on the tutorials, with this Python as their kernel."
     import os
-    import subprocess
 
     command = lab_command(folder or tutorials(Path("zebra_nb_tutorials")), port, browser)
     prefer = {"JUPYTER_PREFER_ENV_PATH": "1"}  # the kernel of this environment, not one of the user's of the same name
-    raise SystemExit(subprocess.call(command, env={**os.environ, **prefer}))
+    os.execve(command[0], command, {**os.environ, **prefer})  # in place of this process, which has nothing left to do
 
 # %% ../nbs/11_cli.ipynb #d66339a9
 COMMANDS = {
