@@ -299,13 +299,16 @@ def run_all(browser: Browser, address: str, seconds: float) -> Page:
     page.get_by_text("| Idle").wait_for(timeout=60_000)  # in the status bar: the kernel is ready
     page.locator(".lm-MenuBar-itemLabel", has_text="Run").click()
     page.locator(".lm-Menu-itemLabel").get_by_text("Run All Cells", exact=True).click()
-    done = lambda: page.evaluate(
-        "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].every(c => /\\[\\d+\\]/.test(c.querySelector('.jp-InputPrompt').textContent))"
-    )
+    prompts = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputArea-prompt')].map(e => e.textContent)"
+
+    def done() -> bool:
+        error = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']")
+        assert error.count() == 0, error.first.inner_text()[-1000:]
+        return all(re.fullmatch(r"\[\d+\]:", text.strip()) for text in page.evaluate(prompts))
+
     until(done, seconds, "the notebook does not end")
     page.get_by_text("| Idle").wait_for(timeout=60_000)
     page.wait_for_timeout(500)
-    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count() == 0
     return page
 
 
