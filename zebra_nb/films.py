@@ -65,13 +65,13 @@ def paint(
     cell: int = 1,  # pixels along a cell
     pool: int = 1,  # cells along a pixel's square, for fields larger than the screen
 ) -> UInt8[np.ndarray, "rows columns"]:
-    "Palette indices of the field, row 0 at the bottom as in the plots; hatched where it is not a number."
+    "Palette indices of the field, row 0 at the bottom as in the plots; hatched where it is not a finite number."
     if pool > 1:
         h, w = (n // pool * pool for n in x.shape)
         x = x[:h, :w].reshape(h // pool, pool, w // pool, pool).mean(axis=(1, 3))
     scaled = np.nan_to_num(x * (0.5 * LEVELS / limit) + 0.5 * LEVELS, nan=0.0, posinf=LEVELS, neginf=0.0)
     index = np.clip(scaled, 0, LEVELS - 1).astype(np.uint8)[::-1].repeat(cell, axis=0).repeat(cell, axis=1)
-    missing = np.isnan(x)
+    missing = ~np.isfinite(x)
     if missing.any():
         missing = missing[::-1].repeat(cell, axis=0).repeat(cell, axis=1)
         index = np.where(missing, _hatch(*index.shape), index)
@@ -284,7 +284,7 @@ class Film:
             lost = 1.0 if x is None else 1 - np.isfinite(x).mean()
             if lost:
                 shift = self.font.getlength(title + "  ")
-                notes.append(((left + shift, top - 20), "has ended" if x is None else f"({lost:.2g} of it NaN)"))
+                notes.append(((left + shift, top - 20), "has ended" if x is None else f"{100 * lost:.2g} % NaN"))
         if self.curves:
             left, top = self.places["spectrum"]
             drawn = self.spectrum.draw({name: fields[title] for name, title in self.curves.items()})

@@ -272,10 +272,10 @@ class AbstractQuantizer2d(eqx.Module):
         "The latent image in codes."
 
     @abc.abstractmethod
-    def build_up(self, indices: typing.Sequence[Int[Array, " n"]]) -> list[Float[Array, "d h w"]]:
+    def build_up(self, indices: typing.Sequence[Int[Array, " _"]]) -> list[Float[Array, "d h w"]]:
         "The latent images that the codes of the first 1, 2, … scales stand for."
 
-    def decode(self, indices: typing.Sequence[Int[Array, " n"]]) -> Float[Array, "d h w"]:
+    def decode(self, indices: typing.Sequence[Int[Array, " _"]]) -> Float[Array, "d h w"]:
         "The latent image that these codes stand for."
         return self.build_up(indices)[-1]
 

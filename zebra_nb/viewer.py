@@ -99,16 +99,15 @@ class RolloutViewer(AbstractViewer):
         return plot_rollout(self.rollout, self.sample, channel=self.rollout.channels.index(self.channel))
 
     def reels(self, at_most=None):
-        rest, n = self.position[2:], len(self.rollout.truth)
-        room = None if at_most is None else at_most // n
-        return {f"{i}": reel(self.film_of(i, *rest), at_most=room) for i in range(n)}
+        starts = self.choices("sample") if at_most is None else [self.sample]  # where room is short, the present one
+        return {str(i): reel(self.film_of(i, *self.position[2:]), at_most=at_most) for i in starts}
 
     def controls(self):
         w, steps = import_widgets(), self.choices("frame")
         scope = dict(min=0, max=steps[-1], step=steps.step, value=self.frame)
         play = self.link("frame", w.Play(**scope, interval=round(1000 / self.speed)))
         slider = self.link("frame", w.IntSlider(**scope, description=self.along, layout=w.Layout(width="26em")))
-        speed = self.link("speed", self._list("speed", "speed", [f"{r} per second" for r in self.choices("speed")]))
+        speed = self.link("speed", self._list("speed", "frames/s"))
         speed.observe(lambda change: setattr(play, "interval", round(1000 / change["new"])), "value")
         starts = [f"{i}: frame {t} of trajectory {n}" for i, (n, t) in enumerate(self.rollout.starts)]
         chosen = [self.link("sample", self._list("sample", "start frame", starts or None))]
@@ -126,7 +125,8 @@ class RolloutViewer(AbstractViewer):
         values = list(self.choices(name))
         options = list(zip(words or map(str, values), values))
         w = import_widgets()
-        return w.Dropdown(options=options, value=self.state[name], description=label, layout=w.Layout(width="17em"))
+        wide = w.Layout(width="24em" if words else "17em")
+        return w.Dropdown(options=options, value=self.state[name], description=label, layout=wide)
 
 # %% ../nbs/09_viewer.ipynb #042e9380
 @patch
