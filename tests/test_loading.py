@@ -51,7 +51,8 @@ def start(folder: Path, script: str, *arguments: object) -> subprocess.Popen:
     "`script` as a program of its own."
     (folder / "script.py").write_text(script)
     command = [sys.executable, str(folder / "script.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a background job would ignore, and hand down
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
 
 
 def write(path: Path, bad: int | None = None) -> Path:
