@@ -115,13 +115,10 @@ class SpectrumPanel:
         import matplotlib.pyplot as plt
 
         kind = "enstrophy" if quantity(channel).startswith("vorticity") else "variance"
-        power = np.concatenate([self.spectrum(x) for x in first]) if len(first) else np.zeros(0)
+        power = np.concatenate([self.spectrum(x) for x in first])
         power = power[power > 0] if (power > 0).any() else np.ones(1)
         top = float(power.max())
-        self.n, self.floor = (
-            max(2, min(first[0].shape) // 2 if len(first) else 2),
-            max(1e-7 * top, float(power.min()) / 30),
-        )
+        self.n, self.floor = max(2, min(first[0].shape) // 2), max(1e-7 * top, float(power.min()) / 30)
         with plt.rc_context({"font.size": 9, "axes.linewidth": 0.8, "font.family": "DejaVu Sans"}):
             fig, ax = plt.subplots(figsize=(width / 100, height / 100), dpi=100, layout="constrained")
             ax.set(xscale="log", yscale="log", xlim=(1, self.n), ylim=(self.floor, 5 * top))
@@ -446,15 +443,10 @@ def player(
         f'<output class="words">{html.escape(first["words"][0])}</output>',
         f"<label>speed {speeds}</label>",
     ]
-    still = max(len(r["pictures"]) for r in rows) < 2
-    parts = (
-        ['<input type="range" class="slider" hidden value="0"><span hidden class="words play speed"></span>']
-        if still
-        else parts
-    )
-    parts += (
-        [f"<label>{choice} {_choices('choice', list(reels), range(len(rows)), 0)}</label>"] if len(rows) > 1 else []
-    )
+    if max(len(r["pictures"]) for r in rows) < 2:  # nothing moves
+        parts = ['<input type="range" class="slider" hidden value="0"><span hidden class="words play speed"></span>']
+    if len(rows) > 1:
+        parts.append(f"<label>{choice} {_choices('choice', list(reels), range(len(rows)), 0)}</label>")
     data = json.dumps(rows).replace("</", "<\\/")
     return f"""<figure class="zebra-player" role="group" aria-label="{label}"><style>{PLAYER_STYLE}</style>
 <img class="frame" alt="{label}: {html.escape(first["words"][0])}" src="data:image/png;base64,{first["pictures"][0]}">

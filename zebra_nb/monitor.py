@@ -22,7 +22,7 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Array, Float
 
-from .core import AbstractModel, InputError, field_limit, plot_field
+from .core import AbstractModel, InputError, color_bar, field_limit, plot_field
 from .figures import quantity
 from .metrics import relative_l2
 from .training import History
@@ -153,7 +153,7 @@ def plot_round_trips(
         plot_field(back, ax=right, limit=limit, colorbar=False)
         left.set_title("held out", fontsize="small")
         right.set_title(f"rel. L2 error {error:.2f}", fontsize="small")
-    figure.colorbar(axes[0, 0].images[0], ax=axes, label=label, shrink=0.9)
+    color_bar(axes[0, 0].images[0], axes, label, shrink=0.9)
     return figure
 
 # %% ../nbs/09e_monitor.ipynb #aea02058

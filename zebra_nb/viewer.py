@@ -86,7 +86,8 @@ class RolloutViewer(AbstractViewer):
 
     def check(self, name, value):
         if name == "cmap":
-            return palette(value) is not None and value
+            palette(value)  # knows all of matplotlib's
+            return value
         if name == "frame" and value in range(self.rollout.n_steps + 1):
             return value - value % self.stride  # the step before it that is kept
         return super().check(name, value)

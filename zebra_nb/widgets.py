@@ -65,10 +65,12 @@ class Picture:
         self.alt, self.on_click = alt, on_click
         size = w.Layout(align_self="flex-start", max_width="100%", height="auto")
         self.image = w.Image(format="png", layout=size) if on_click is None else w.HTML(layout=size)
-        self.wire = w.Text(layout=w.Layout(display="none"))
-        self.wire.add_class("zebra-click")
-        self.wire.observe(self.clicked, "value")
-        self.widgets = [self.image] if on_click is None else [self.image, self.wire]
+        self.widgets = [self.image]
+        if on_click is not None:
+            self.wire = w.Text(layout=w.Layout(display="none"))
+            self.wire.add_class("zebra-click")
+            self.wire.observe(self.clicked, "value")
+            self.widgets.append(self.wire)
         self.show(png)
 
     def show(self, png: bytes):
