@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['AXES', 'FORMAT_VERSION', 'PAGE', 'InputError', 'progress', 'write_atomically', 'reference_data', 'dotted', 'added',
-           'before_fields', 'AbstractConfig', 'Buffer', 'is_buffer', 'trainable', 'Normalizer', 'count_parameters',
-           'AbstractModel', 'create', 'named_leaves', 'content_hash', 'save', 'read_header', 'load', 'field_limit',
-           'figure_width', 'new_axes', 'color_bar', 'plot_field', 'plot_fields']
+           'before_fields', 'AbstractConfig', 'changed', 'Buffer', 'is_buffer', 'trainable', 'Normalizer',
+           'count_parameters', 'AbstractModel', 'create', 'named_leaves', 'content_hash', 'save', 'read_header',
+           'skeleton_of', 'load', 'field_limit', 'figure_width', 'new_axes', 'color_bar', 'plot_field', 'plot_fields']
 
 # %% ../nbs/00_core.ipynb #c757b63b
 import contextlib
@@ -136,6 +136,15 @@ class AbstractConfig:
     def _repr_markdown_(self) -> str:
         rows = "\n".join(f"| `{k}` | {v} |" for k, v in dotted(self.to_dict()).items())
         return f"**{type(self).__name__}**\n\n| field | value |\n|---|---|\n{rows}"
+
+# %% ../nbs/00_core.ipynb #ca3cfc2d
+def changed(
+    before: dict[str, Any],  # values, or dictionaries of them to any depth
+    now: dict[str, Any],
+) -> dict[str, tuple[Any, Any]]:
+    "What differs, by dotted names: the value before and the value now, None where there is none."
+    a, b = (dotted(json.loads(json.dumps(fields))) for fields in (before, now))
+    return {name: (a.get(name), b.get(name)) for name in (*a, *(b.keys() - a.keys())) if a.get(name) != b.get(name)}
 
 # %% ../nbs/00_core.ipynb #1e7bff33
 class Buffer(eqx.Module):
@@ -305,7 +314,7 @@ def read_header(
     return header
 
 # %% ../nbs/00_core.ipynb #aa8ed823
-def _skeleton(path: Path, header: dict):
+def skeleton_of(path: str | Path, header: dict):
     "The model of the header with shapes in place of arrays."
     registry, name, module = AbstractModel.registry, header["model"], header["module"]
     if re.fullmatch(r"zebra_nb\.\w+", module):
@@ -340,7 +349,7 @@ def load(
 ) -> AbstractModel:
     "The model in the file, with its class, configuration and weights; raises `InputError` when they do not fit."
     path, header = Path(path), read_header(path)
-    skeleton = _skeleton(path, header)
+    skeleton = skeleton_of(path, header)
     if expect is not None and not isinstance(skeleton, expect):
         raise InputError(f"'{path}' holds a {header['model']}, but a {expect.__name__} is needed here")
     names = named_leaves(skeleton)
