@@ -97,7 +97,9 @@ def read_json(
     "What a JSON file says; raises `InputError` if it is larger than `limit` or no JSON."
     path = Path(path)
     if (size := path.stat().st_size) > limit:
-        raise InputError(f"'{path}' has {size:,} bytes, more than the {limit:,} that JSON of zebra_nb has: pass another")
+        raise InputError(
+            f"'{path}' has {size:,} bytes, more than the {limit:,} that JSON of zebra_nb has: pass another"
+        )
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as e:
