@@ -218,11 +218,13 @@ class _Unscaled:
         return np.where(missing, np.nan, x * np.float64(self.scale) + self.offset)
 
 # %% ../nbs/01d_arrays.ipynb #3db2e445
-def _harmless(name: str, array: Any) -> Any:
-    "`array`, a Zarr array; raises `InputError` if its chunks would go through pickle."
+def _harmless(name: str, array: Any, path: Path) -> Any:
+    "`array`, a Zarr array of the store `path`; raises `InputError` if its chunks would go through pickle."
     told = array.metadata.to_dict()
     if "pickle" in str([told.get(part) for part in ("filters", "compressor", "codecs")]):
-        raise InputError(f"array '{name}' is stored as Python objects, which would run code on reading: store numbers")
+        raise InputError(
+            f"'{name}' in '{path}' is stored as Python objects, which would run code on reading: store numbers"
+        )
     return array
 
 # %% ../nbs/01d_arrays.ipynb #4e034f25
@@ -245,12 +247,17 @@ class ZarrReader(VariableReader):
                 for n, a in arrays.items()
             }
             describe = lambda n: named_variable(
-                n, _Unscaled(_harmless(n, arrays[n])), dims[n], axes, str(path), str(arrays[n].attrs.get("units", ""))
+                n,
+                _Unscaled(_harmless(n, arrays[n], path)),
+                dims[n],
+                axes,
+                str(path),
+                str(arrays[n].attrs.get("units", "")),
             )
             every = described([n for n, a in arrays.items() if a.ndim > 1], describe, field)
             chosen = select(every, field, str(path)) if every else []
             clock = next((n for n in DIMENSIONS["t"] if n in arrays and arrays[n].ndim == 1), None)
-            clock = None if clock is None else _harmless(clock, arrays[clock])[:]
+            clock = None if clock is None else _harmless(clock, arrays[clock], path)[:]
         if not chosen:
             raise InputError(
                 f"'{path}' has no fields (it has: {', '.join(arrays) or 'nothing'}): choose one with field=… and axes=…"
