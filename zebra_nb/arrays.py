@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .core import InputError
+from .core import InputError, npy_header, read_npz
 from .hdf5 import plain
 from .matlab import SnapshotReader, files_in
 from .readers import Variable, VariableReader, described, plain_variable, reading, select
@@ -47,17 +47,13 @@ def npz_offset(
 ) -> tuple[tuple[int, ...], np.dtype, int, bool] | None:
     "Shape, number type, first byte and column order of an array that is stored as it is; None if it is compressed."
     with zipfile.ZipFile(path) as z, z.open(name) as member:
-        info = z.getinfo(name)
-        version = np.lib.format.read_magic(member)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(member)
-        head = member.tell()
-    if info.compress_type != zipfile.ZIP_STORED or dtype.hasobject:
+        info, head = z.getinfo(name), npy_header(member)
+    if info.compress_type != zipfile.ZIP_STORED:
         return None
     with open(path, "rb") as f:
         f.seek(info.header_offset + 26)
         name_length, extra_length = np.frombuffer(f.read(4), "<u2").tolist()
-    return shape, dtype, info.header_offset + 30 + name_length + extra_length + head, fortran
+    return head.shape, head.dtype, info.header_offset + 30 + name_length + extra_length + head.size, head.fortran
 
 
 CLOCKS = ("t", "time", "times")  # names of arrays of times
@@ -65,8 +61,7 @@ CLOCKS = ("t", "time", "times")  # names of arrays of times
 
 @functools.lru_cache(maxsize=2)
 def _unpacked(path: str, name: str, stamp: tuple) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as archive:
-        x = archive[name]
+    x = read_npz(path, {name: "biufcmMSU"})[name]
     x.flags.writeable = False  # frames are views of it
     return x
 
@@ -223,6 +218,16 @@ class _Unscaled:
         return np.where(missing, np.nan, x * np.float64(self.scale) + self.offset)
 
 # %% ../nbs/01d_arrays.ipynb #3db2e445
+def _harmless(name: str, array: Any, path: Path) -> Any:
+    "`array`, a Zarr array of the store `path`; raises `InputError` if its chunks would go through pickle."
+    told = array.metadata.to_dict()
+    if "pickle" in str([told.get(part) for part in ("filters", "compressor", "codecs")]):
+        raise InputError(
+            f"'{name}' in '{path}' is stored as Python objects, which would run code on reading: store numbers"
+        )
+    return array
+
+# %% ../nbs/01d_arrays.ipynb #4e034f25
 class ZarrReader(VariableReader):
     "The arrays of a Zarr store."
 
@@ -242,11 +247,17 @@ class ZarrReader(VariableReader):
                 for n, a in arrays.items()
             }
             describe = lambda n: named_variable(
-                n, _Unscaled(arrays[n]), dims[n], axes, str(path), str(arrays[n].attrs.get("units", ""))
+                n,
+                _Unscaled(_harmless(n, arrays[n], path)),
+                dims[n],
+                axes,
+                str(path),
+                str(arrays[n].attrs.get("units", "")),
             )
             every = described([n for n, a in arrays.items() if a.ndim > 1], describe, field)
             chosen = select(every, field, str(path)) if every else []
-            clock = next((arrays[n][:] for n in DIMENSIONS["t"] if n in arrays and arrays[n].ndim == 1), None)
+            clock = next((n for n in DIMENSIONS["t"] if n in arrays and arrays[n].ndim == 1), None)
+            clock = None if clock is None else _harmless(clock, arrays[clock], path)[:]
         if not chosen:
             raise InputError(
                 f"'{path}' has no fields (it has: {', '.join(arrays) or 'nothing'}): choose one with field=… and axes=…"

@@ -161,15 +161,32 @@ def open_fields(
 
 # %% ../nbs/02_data.ipynb #320080bb
 @patch
+def share(
+    self: FieldDataset,
+    process: int = 0,  # number of this process, of
+    n_processes: int = 1,  # processes that divide the frames among them
+    n_frames: int | None = None,  # at most so many in a piece; 16 MiB of them when None
+) -> list[Segment]:
+    "The pieces (trajectory, start, stop) that one process walks through; those of all, in their order, are the dataset."
+    if not 0 <= process < n_processes:
+        raise InputError(f"process is {process} of {n_processes}: number the processes from 0 to {n_processes - 1}")
+    n_frames = n_frames or max(1, 2**22 // int(np.prod(self.field_shape)))
+    starts = ((i, start, length) for i, length in enumerate(self.lengths) for start in range(0, length, n_frames))
+    pieces = [Segment(i, start, min(start + n_frames, length)) for i, start, length in starts]
+    return pieces[len(pieces) * process // n_processes : len(pieces) * (process + 1) // n_processes]
+
+
+@patch
 def chunks(
     self: FieldDataset,
     n_frames: int | None = None,  # at most so many; 16 MiB of them when None
+    *,
+    process: int = 0,  # whose share to read; see `share`
+    n_processes: int = 1,
 ) -> Iterator[tuple[int, int, np.ndarray]]:
-    "Walks through all frames in order: (trajectory, first frame, frames (t, C, H, W))."
-    n_frames = n_frames or max(1, 2**22 // int(np.prod(self.field_shape)))
-    for i, length in enumerate(self.lengths):
-        for start in range(0, length, n_frames):
-            yield i, start, self.frames(i, start, start + n_frames)
+    "Walks through all frames in order, or through one process's share: (trajectory, first frame, frames (t, C, H, W))."
+    for i, start, stop in self.share(process, n_processes, n_frames):
+        yield i, start, self.frames(i, start, stop)
 
 # %% ../nbs/02_data.ipynb #81364468
 def _copy(ds: FieldDataset, path: str | Path, runs: Sequence[tuple[int, np.ndarray]]):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
-from .core import AbstractConfig, InputError, dotted, write_atomically
+from .core import AbstractConfig, InputError, clear_leftovers, dotted, read_json, write_atomically
 from .core import progress as progress_bar
 from .simulate import lay_out
 from .systems import Preset, preset
@@ -150,8 +150,7 @@ def write_shard(
     import h5py
 
     ensemble, preset, path = runner.ensemble, runner.ensemble.preset, Path(path)
-    for left in path.parent.glob(f".{path.stem}.*.part{path.suffix}"):
-        left.unlink(missing_ok=True)  # of a run that was killed
+    clear_leftovers(path)
     with write_atomically(path) as temporary, h5py.File(temporary, "w") as file:
         fields = lay_out(file, preset.system, preset.n_frames, first=preset.spin_up, trajectories=len(numbers))
         attributes = file["metadata"].attrs
@@ -194,10 +193,9 @@ def open_index(
         with write_atomically(path) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1))
         return path
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as e:
-        raise InputError(f"'{path}' is not the index of an ensemble: choose another folder") from e
+    found = read_json(path)
+    if not isinstance(found, dict) or found.get("format") != wanted["format"]:
+        raise InputError(f"'{path}' is not the index of an ensemble: choose another folder")
     different = list(_differences(found, wanted))
     if different:
         raise InputError(f"'{out}' holds another ensemble ({'; '.join(different[:3])}): choose another folder")

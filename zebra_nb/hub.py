@@ -16,7 +16,7 @@ from pathlib import Path
 
 import zebra_nb
 from .card import NOT_RECORDED, evaluate_tokenizer, model_card, save_figures
-from .core import AbstractModel, InputError, content_hash, load, read_header, save, write_atomically
+from .core import AbstractModel, InputError, content_hash, load, read_header, read_json, save, write_atomically
 from .evaluation import json_ready
 from .nsp import NextScalePredictor
 from .tokenizer import VQVAETokenizer
@@ -72,10 +72,7 @@ def _json(path: Path) -> dict[str, typing.Any]:
     "The JSON object in a file of a saved model."
     if not path.is_file():
         raise InputError(f"'{path.parent}' has no {path.name}: pass a folder written by save_pretrained, all of it")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"'{path}' is broken ({type(e).__name__}): save it or download it again") from e
+    found = read_json(path)
     if not isinstance(found, dict):
         raise InputError(f"'{path}' is not a JSON object: it was not written by zebra_nb")
     return found
@@ -110,12 +107,7 @@ def read_weights(folder: Path, config: dict[str, typing.Any], expect: type) -> A
     header = read_header(path)
     if (header.get("model"), header.get("config")) != (config["class"], config["config"]):
         raise InputError(f"config.json and model.safetensors in '{folder}' do not belong together: save it again")
-    try:
-        return load(path, expect=expect)
-    except InputError:
-        raise
-    except Exception as e:
-        raise InputError(f"'{path}' cannot be loaded ({type(e).__name__}): save it or download it again") from e
+    return load(path, expect=expect)
 
 # %% ../nbs/10_hub.ipynb #63b673be
 FILES = ("*.json", "*.safetensors", "README.md", "*.png")  # what is fetched

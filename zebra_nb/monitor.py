@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from .core import AbstractModel, InputError, color_bar, field_limit, plot_field
 from .figures import quantity
 from .metrics import relative_l2
-from .training import History
+from .runs import History
 from .vqvae import AbstractVQVAE2d
 
 # %% ../nbs/09e_monitor.ipynb #fc9cc4f7

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from .core import AbstractConfig, AbstractModel, Buffer, InputError, added
 from .core import progress as progress_bar
+from .mesh import mesh_of, place_rows, to_host
 from .quantizer import enlarge, scale_grids, shrink
 from .sampling import Temperature, check_sampling, sample
 from .training import Aux
@@ -526,22 +527,22 @@ def roll_out(
     progress: bool = False,  # show a bar
     **options,  # of `generate`: temperature, top_k, top_p
 ) -> Int[np.ndarray, "n m t l"]:
-    "The tokens of steps 1, …, `n_steps` of every member; the same key gives the same rollout."
+    "The tokens of steps 1, …, `n_steps` of every member; the same key gives the same rollout. A predictor that was placed on a mesh rolls out there, its members divided among the devices."
     if n_steps < 1 or n_ensemble < 1:
         raise InputError(f"n_steps is {n_steps} and n_ensemble {n_ensemble}: a rollout needs at least one of each")
     check_sampling(
         *(options.get(name, default) for name, default in dict(temperature=1.0, top_k=None, top_p=None).items())
     )
-    rows, pieces, bar = (
-        jnp.repeat(jnp.asarray(context), n_ensemble, axis=0),
-        [],
+    rows, mesh, pieces = jnp.repeat(jnp.asarray(context), n_ensemble, axis=0), mesh_of(predictor), []
+    rows, bar = (
+        rows if mesh is None else place_rows(rows, mesh),
         progress_bar(total=n_steps, desc="roll out", disable=not progress),
     )
     count = -(-n_steps // -(-n_steps // chunk))  # equal programs
     with bar:
         for first in range(1, n_steps + 1, count):
             rows, piece = _roll(predictor, rows, key, jnp.asarray(first), count, options)
-            pieces.append(np.asarray(piece))
+            pieces.append(to_host(piece))
             bar.update(min(count, n_steps + 1 - first))
     tokens = np.concatenate(pieces)[:n_steps]
     return np.moveaxis(tokens, 0, 1).reshape(len(context), n_ensemble, n_steps, -1)

@@ -15,22 +15,26 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from .checkpoints import steps_in
 from .core import AbstractConfig, InputError, Normalizer, create, load, read_header, write_atomically
 from .data import FieldDataset, Splits, open_fields
 from .loading import Loader
+from .mesh import make_mesh, on_main, share_of
 from .nsp import NextScalePredictor, nsp_loss, training_flop
 from .quantizer import QuantizerConfig
+from .runs import History
 from .sampling import Temperature, check_sampling
 from .tokenizer import TokenDataset, VQVAETokenizer
-from .training import History, TrainConfig, fit
+from .training import TrainConfig, fit
 from .transforms import AbstractTransform, Transforms
 from .vqvae import AbstractVQVAE2d, VARVQVAE2d, VQVAE2d, VQVAEConfig, vqvae_loss
 
@@ -113,6 +117,12 @@ def check_feed(
     return fields
 
 # %% ../nbs/09a_pipeline.ipynb #823e1dc0
+def _loader(source, how: TrainConfig, mesh: Mesh | None, **options) -> Loader:
+    "The training batches, or this process's share of them."
+    process, n_processes = share_of(mesh or make_mesh(), how.batch_size)
+    return Loader(source, how.batch_size, seed=how.seed, process=process, n_processes=n_processes, **options)
+
+
 def train_vqvae(
     data: Splits,
     config: VQVAEConfig,
@@ -124,7 +134,8 @@ def train_vqvae(
     resume: bool = False,
     threads: int = 1,  # that read ahead
     workers: int = 0,  # processes that read ahead in their place
-    watch: Callable | None = None,  # passed on to `fit`, say a `TrainingMonitor`
+    mesh: Mesh | None = None,  # devices, passed on to `fit`
+    **options,  # of `fit`: watch, track
 ) -> tuple[AbstractVQVAE2d, History]:
     "Trains a VQ-VAE on the training part; raises `InputError` if the fields are not of the configured shape."
     want, found = (config.channels, *config.field_size), tuple(data.train.field_shape)
@@ -137,7 +148,7 @@ def train_vqvae(
     norm, keys = Normalizer(*data.train.statistics()), jax.random.split(jax.random.key(how.seed))
     cls = VARVQVAE2d if multi_scale else VQVAE2d
     model = create(cls, config, norm=norm, key=keys[0])
-    if not (resume and (Path(out) / "checkpoints").exists()):
+    if not (resume and steps_in(Path(out) / "checkpoints")):
         model = model.start(first, key=keys[1])
 
     def finish(model):
@@ -145,11 +156,10 @@ def train_vqvae(
         model = model.refit(many, key=keys[1])
         return eqx.filter_jit(lambda m, x: m.calibrate(x))(model, np.concatenate(many)[::4])
 
-    train = Loader(source, how.batch_size, seed=how.seed, threads=threads, workers=workers)
     return fit(
-        model, vqvae_loss, train, valid=held_out(data.valid.snapshots(), how.batch_size),
-        config=how, out=out, resume=resume, record={"data": describe(data.train)}, finish=finish, watch=watch,
-        desc="training tokenizer",
+        model, vqvae_loss, _loader(source, how, mesh, threads=threads, workers=workers), config=how, out=out, resume=resume,
+        valid=held_out(data.valid.snapshots(), how.batch_size), record={"data": describe(data.train)}, finish=finish,
+        mesh=mesh, desc="training tokenizer", **options,
     )  # fmt: skip
 
 # %% ../nbs/09a_pipeline.ipynb #8bb323ca
@@ -194,7 +204,8 @@ def train_nsp(
     epochs: float | int | None = None,  # instead of `how.max_steps`
     resume: bool = False,
     loss: dict[str, Any] | None = None,  # options of `nsp_loss`: scale_weights, substitution
-    watch: Callable | None = None,  # passed on to `fit`, say a `TrainingMonitor`
+    options: dict[str, Any] | None = None,  # of `fit`: watch, track
+    mesh: Mesh | None = None,  # devices, passed on to `fit`
     **size,  # of the transformer: n_layer, n_head, n_embd, …
 ) -> tuple[NextScalePredictor, History]:
     "Trains a next-scale predictor on a folder of token files; stores the tokenizer beside it."
@@ -207,13 +218,17 @@ def train_nsp(
     how = with_epochs(how, epochs, len(pairs))
     model = create(NextScalePredictor, config, tokenizer.codebook, key=jax.random.key(how.seed))
     model, history = fit(
-        model, functools.partial(nsp_loss, **(loss or {})), Loader(pairs, how.batch_size, seed=how.seed),
-        valid=held_out(held, how.batch_size, 32), valid_loss=nsp_loss,
-        config=how, out=out, resume=resume, record={"tokenizer": tokenizer.hash}, watch=watch, desc="training predictor",
+        model, functools.partial(nsp_loss, **(loss or {})), _loader(pairs, how, mesh), config=how, out=out, resume=resume,
+        valid=held_out(held, how.batch_size, 32), valid_loss=nsp_loss, record={"tokenizer": tokenizer.hash},
         per_sample={"tokens": pairs[0].shape[-1], "flop": training_flop(model.config)},
+        mesh=mesh, desc="training predictor", **(options or {}),
     )  # fmt: skip
-    tokenizer.save_pretrained(out / "tokenizer")
-    model.save_pretrained(out, record=read_header(out / "model.safetensors")["record"])
+
+    def complete():
+        tokenizer.save_pretrained(out / "tokenizer")
+        model.save_pretrained(out, record=read_header(out / "model.safetensors")["record"])
+
+    on_main(complete)
     return model, history
 
 # %% ../nbs/09a_pipeline.ipynb #95547c97
