@@ -9,7 +9,7 @@ __all__ = ['unbroken', 'Segment', 'FieldDataset', 'open_fields', 'Statistics', '
 import json
 import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +170,8 @@ def share(
     "The pieces (trajectory, start, stop) that one process walks through; those of all, in their order, are the dataset."
     if not 0 <= process < n_processes:
         raise InputError(f"process is {process} of {n_processes}: number the processes from 0 to {n_processes - 1}")
-    n_frames = n_frames or max(1, 2**22 // int(np.prod(self.field_shape)))
+    equal = -(-sum(self.lengths) // n_processes)
+    n_frames = n_frames or max(1, min(equal, 2**22 // int(np.prod(self.field_shape))))
     starts = ((i, start, length) for i, length in enumerate(self.lengths) for start in range(0, length, n_frames))
     pieces = [Segment(i, start, min(start + n_frames, length)) for i, start, length in starts]
     return pieces[len(pieces) * process // n_processes : len(pieces) * (process + 1) // n_processes]
@@ -243,15 +244,34 @@ class Statistics(NamedTuple):
         return np.hypot(self.mean, self.std)
 
 
-@patch
-def statistics(self: FieldDataset) -> Statistics:
-    "Mean and standard deviation of every channel over all frames; a channel that never changes gets the deviation 1."
+def _merged(moments: Iterable[tuple]) -> tuple:
+    "The numbers, mean and sum of squared deviations of several samples together."
     n, mean, square = 0, 0.0, 0.0
-    for *_, x in self.chunks() if self.known is None else ():
-        x = x.astype(np.float64)
-        k, delta = x.size // x.shape[1], x.mean((0, 2, 3)) - mean
-        square += ((x - x.mean((0, 2, 3), keepdims=True)) ** 2).sum((0, 2, 3)) + delta**2 * n * k / (n + k)
-        mean, n = mean + delta * k / (n + k), n + k
+    for k, other, more in moments:
+        delta = other - mean
+        square = square + more + delta**2 * n * k / max(n + k, 1)
+        mean, n = mean + delta * k / max(n + k, 1), n + k
+    return n, mean, square
+
+
+@patch
+def statistics(
+    self: FieldDataset,
+    *,
+    process: int = 0,  # number of this process, of
+    n_processes: int = 1,  # processes that read a share each
+    union: Callable[[np.ndarray], np.ndarray] | None = None,  # what each process knows → what all of them know, (p, …)
+) -> Statistics:
+    "Mean and standard deviation of every channel over all frames; a channel that never changes gets the deviation 1."
+    n = 0
+    if self.known is None:
+        each = (x.astype(np.float64) for *_, x in self.chunks(process=process, n_processes=n_processes))
+        sums = lambda x: (x.size // x.shape[1], m := x.mean((0, 2, 3)), ((x - m[:, None, None]) ** 2).sum((0, 2, 3)))
+        n, mean, square = _merged(map(sums, each))
+        if n_processes > 1:
+            width = len(self.channels)
+            mine = np.stack([np.broadcast_to(np.float64(part), (width,)) for part in (n, mean, square)])
+            n, mean, square = _merged((int(k[0]), *rest) for k, *rest in union(mine))
     if n:
         std = np.sqrt(square / n)
         self.known = Statistics(np.float32(mean), np.float32(np.where(std > 0, std, 1.0)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AXES', 'KEEP_WHOLE', 'virtual_devices', 'parse_mesh', 'make_mesh', 'row_sharding', 'share_of', 'place_rows', 'cut',
-           'whole', 'place', 'constrain', 'bytes_per_device', 'mesh_of', 'to_host', 'gather', 'join', 'is_main',
-           'on_main', 'any_process']
+           'whole', 'place', 'everywhere', 'constrain', 'bytes_per_device', 'mesh_of', 'to_host', 'gather', 'join',
+           'is_main', 'on_main', 'each_process', 'any_process']
 
 # %% ../nbs/02c_mesh.ipynb #fdd8fa42
 import math
@@ -49,17 +49,25 @@ def parse_mesh(text: str) -> dict[str, int]:
 def make_mesh(
     shape: str
     | dict[str, int]
-    | None = None,  # as for `parse_mesh`; when None one device, or all in a job of several processes
+    | None = None,  # as for `parse_mesh`; when empty one device, or all in a job of several processes
+    *,
+    local: bool = False,  # of the devices of this process only
 ) -> Mesh:
     "The first devices, arranged along `data` and `model`; raises `InputError` when there are not enough."
-    processes, found = jax.process_count(), jax.devices()
+    processes, found = (1, jax.local_devices()) if local else (jax.process_count(), jax.devices())
     default = {"data": len(found) if processes > 1 else 1}
-    sizes = dict.fromkeys(AXES, 1) | (parse_mesh(shape) if isinstance(shape, str) and shape else shape or default)
+    sizes = dict.fromkeys(AXES, 1) | ((parse_mesh(shape) if isinstance(shape, str) else shape) if shape else default)
     wanted = math.prod(sizes.values())
     if wanted > len(found) or processes > 1 and wanted != len(found):
+        arranged, where = (
+            " × ".join(f"{k} {v}" for k, v in sizes.items()),
+            f" in {processes} processes" * (processes > 1),
+        )
+        hint = f": JAX_NUM_CPU_DEVICES={wanted // processes} makes virtual ones, to try it" * (
+            found[0].platform == "cpu"
+        )
         raise InputError(
-            f"a mesh of {' × '.join(f'{k} {v}' for k, v in sizes.items())} has {wanted} devices, and there are {len(found)} ({found[0].platform}) in {processes} process{'es' * (processes > 1)}"
-            + f": JAX_NUM_CPU_DEVICES={wanted} makes virtual ones, to try it" * (found[0].platform == "cpu")
+            f"a mesh of {arranged} has {wanted} devices, and there are {len(found)} ({found[0].platform}){where}{hint}"
         )
     devices = np.array(found[:wanted]).reshape([sizes[name] for name in AXES])
     return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -151,6 +159,14 @@ def place(
     return _each(_put, tree, shardings)
 
 
+def everywhere(
+    tree: Any,  # arrays that every process has
+    mesh: Mesh,
+) -> Any:
+    "A copy of `tree` on every device: for a model that is used, not trained."
+    return place(tree, whole(tree, mesh))
+
+
 def constrain(
     tree: Any,  # arrays of a program that is being traced
     shardings: Any,  # of `cut` or `whole`
@@ -234,12 +250,18 @@ def on_main(
     return result
 
 
-def any_process(
-    flags: Bool[np.ndarray, "*n"],
-) -> Bool[np.ndarray, "*n"]:
-    "True where the flag of any process is."
+def each_process(
+    x: np.ndarray,  # of the same shape everywhere
+) -> np.ndarray:
+    "What every process brought, (p, …), bit by bit."
     if jax.process_count() == 1:
-        return flags
+        return x[None]
     from jax.experimental import multihost_utils
 
-    return np.asarray(multihost_utils.process_allgather(flags)).any(axis=0)
+    everything = np.asarray(multihost_utils.process_allgather(np.frombuffer(x.tobytes(), np.uint8)))
+    return np.frombuffer(everything.tobytes(), x.dtype).reshape(-1, *x.shape)
+
+
+def any_process(flags: Bool[np.ndarray, "*n"]) -> Bool[np.ndarray, "*n"]:
+    "True where the flag of any process is."
+    return each_process(flags).any(axis=0)

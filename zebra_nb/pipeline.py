@@ -28,7 +28,7 @@ from .checkpoints import steps_in
 from .core import AbstractConfig, InputError, Normalizer, create, load, read_header, write_atomically
 from .data import FieldDataset, Splits, open_fields
 from .loading import Loader
-from .mesh import make_mesh, on_main, share_of
+from .mesh import any_process, each_process, everywhere, make_mesh, on_main, share_of
 from .nsp import NextScalePredictor, nsp_loss, training_flop
 from .quantizer import QuantizerConfig
 from .runs import History
@@ -117,6 +117,11 @@ def check_feed(
     return fields
 
 # %% ../nbs/09a_pipeline.ipynb #823e1dc0
+def _share() -> dict[str, int]:
+    "Which process this is, of how many."
+    return dict(process=jax.process_index(), n_processes=jax.process_count())
+
+
 def _loader(source, how: TrainConfig, mesh: Mesh | None, **options) -> Loader:
     "The training batches, or this process's share of them."
     process, n_processes = share_of(mesh or make_mesh(), how.batch_size)
@@ -145,7 +150,10 @@ def train_vqvae(
         )
     source = data.train.snapshots()
     first, how = check_feed(source, config), with_epochs(how, epochs, len(source))
-    norm, keys = Normalizer(*data.train.statistics()), jax.random.split(jax.random.key(how.seed))
+    norm, keys = (
+        Normalizer(*data.train.statistics(**_share(), union=each_process)),
+        jax.random.split(jax.random.key(how.seed)),
+    )
     cls = VARVQVAE2d if multi_scale else VQVAE2d
     model = create(cls, config, norm=norm, key=keys[0])
     if not (resume and steps_in(Path(out) / "checkpoints")):
@@ -168,19 +176,23 @@ def save_tokens(
     checkpoint: str | Path,  # the VQ-VAE: a run folder or a model file
     *,
     out: str | Path,  # folder for the three token files and `tokenizer/`
+    mesh: Mesh | None = None,  # devices of this process
 ) -> VQVAETokenizer:
-    "Fits a tokenizer on the training part, then writes the tokens of every part."
+    "Fits a tokenizer on the training part, then writes the tokens of every part: one file each, or in a job of several processes one shard per process and an index."
     tokenizer, out = VQVAETokenizer.from_checkpoint(checkpoint), Path(out)
     if tokenizer.field_shape != tuple(data.train.field_shape):
         raise InputError(
             f"'{checkpoint}' was trained on fields of shape {tokenizer.field_shape}, the data has {tuple(data.train.field_shape)}"
         )
-    tokenizer.fit(data.train)
+    worker = (tokenizer if mesh is None or mesh.size == 1 else tokenizer.on(mesh)).fit(
+        data.train, **_share(), union=any_process
+    )
     for name, part in data._asdict().items():
-        tokenizer.save_tokens(out / f"{name}.npz", part)
+        worker.save_tokens(out / f"{name}.npz", part, **_share())
+    tokenizer.set_vocabulary(worker.vocabulary)
     held_out = data.test.frames(0, 0, None, max(1, data.test.lengths[0] // 32))
     where = f"the test part of {describe(data.test)['source']}"
-    tokenizer.save_pretrained(out / "tokenizer", fields=held_out, source=where)
+    on_main(lambda: tokenizer.save_pretrained(out / "tokenizer", fields=held_out, source=where))
     return tokenizer
 
 # %% ../nbs/09a_pipeline.ipynb #361be74c
@@ -219,7 +231,7 @@ def train_nsp(
     model = create(NextScalePredictor, config, tokenizer.codebook, key=jax.random.key(how.seed))
     model, history = fit(
         model, functools.partial(nsp_loss, **(loss or {})), _loader(pairs, how, mesh), config=how, out=out, resume=resume,
-        valid=held_out(held, how.batch_size, 32), valid_loss=nsp_loss, record={"tokenizer": tokenizer.hash},
+        valid=held_out(held, how.batch_size, 32), valid_loss=nsp_loss, record={"tokenizer": tokenizer.hash, "tokens": train.hash},
         per_sample={"tokens": pairs[0].shape[-1], "flop": training_flop(model.config)},
         mesh=mesh, desc="training predictor", **(options or {}),
     )  # fmt: skip
@@ -286,6 +298,7 @@ def evaluate_nsp(
     command: str = "",  # what made it, for the report
     save_fields: bool = False,  # write `forecast.h5`, too: the forecast in the units and on the grid of the files
     more: tuple = (),  # sections to add to the report, or functions that make one of the rollout
+    mesh: Mesh | None = None,  # devices of this process
 ) -> dict[str, Any]:
     "Rolls out the predictor from test frames; writes `metrics.json`, `rollout.mp4` and `report.html`; returns the metrics."
     from zebra_nb.evaluation import evaluate, write_metrics
@@ -296,6 +309,8 @@ def evaluate_nsp(
 
     check_sampling(temperature, top_k, top_p)
     model, tokenizer = load_predictor(checkpoint)
+    if mesh is not None:
+        model, tokenizer = everywhere(model, mesh), tokenizer.on(mesh)
     out = Path(out)
     sample = data.train.frames(0, 0, None, max(1, data.train.lengths[0] // 200))
     run = rollout(

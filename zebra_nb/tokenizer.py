@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fastcore.basics import patch
+from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
 from zebra_nb.core import (
@@ -32,6 +33,7 @@ from zebra_nb.core import (
     read_npz,
     write_atomically,
 )  # fmt: skip
+from .mesh import everywhere, mesh_of, place_rows, to_host
 from .transforms import Layout, Transforms
 from .vqvae import AbstractVQVAE2d
 
@@ -187,21 +189,24 @@ def hash(self: VQVAETokenizer) -> str:
 CHUNK = 32  # fields that go through the model at a time
 
 
-def _in_chunks(apply: typing.Callable, x: np.ndarray) -> np.ndarray:
-    "`apply` on slices of at most `CHUNK` rows; the last is padded, so that at most two shapes are compiled."
-    size = CHUNK if len(x) > CHUNK else len(x)
+def _in_chunks(apply: typing.Callable, x: np.ndarray, mesh: Mesh | None) -> np.ndarray:
+    "`apply` on slices of at most `CHUNK` rows, divided among the devices of `mesh`; the last is padded, so that at most two shapes are compiled."
+    size, there = (
+        (CHUNK, lambda rows: rows) if mesh is None else (max(CHUNK, mesh.size), lambda rows: place_rows(rows, mesh))
+    )
+    size = size if len(x) > size or mesh else len(x)
     pieces = []
     for i in range(0, len(x), size):
         piece = x[i : i + size]
         padded = np.concatenate([piece, np.repeat(piece[-1:], size - len(piece), axis=0)])
-        pieces.append(np.asarray(apply(padded))[: len(piece)])
+        pieces.append(to_host(apply(there(padded)))[: len(piece)])
     return np.concatenate(pieces)
 
 
 @patch
 def original_codes(self: VQVAETokenizer, fields: Float[np.ndarray, "b c h w"]) -> Int[np.ndarray, "b l"]:
     "The model's own code numbers (before unification), all scales side by side."
-    return _in_chunks(lambda x: jnp.concatenate(_encode(self.model, x), axis=1), fields)
+    return _in_chunks(lambda x: jnp.concatenate(_encode(self.model, x), axis=1), fields, mesh_of(self.model))
 
 # %% ../nbs/06_tokenizer.ipynb #49f76126
 LOUDEST = 100.0  # strongest field to encode, in standard deviations of the training fields
@@ -251,7 +256,7 @@ def decode(
     tokens = self.check(tokens)
     codes = self.vocabulary.unified_to_original[tokens].reshape(-1, tokens.shape[-1])
     split = lambda rows: tuple(rows[:, place] for place in self.scale_slices)
-    fields = _in_chunks(lambda rows: _decode(self.model, split(rows), restore), codes)
+    fields = _in_chunks(lambda rows: _decode(self.model, split(rows), restore), codes, mesh_of(self.model))
     return fields.reshape(*tokens.shape[:-1], *self.field_shape)
 
 
@@ -267,6 +272,15 @@ def check(self: VQVAETokenizer, tokens) -> Int[np.ndarray, "... l"]:
                 f"tokens of scale {scale} must lie in {first}…{first + size - 1}: these come from another tokenizer"
             )
     return tokens
+
+# %% ../nbs/06_tokenizer.ipynb #13d89db4
+@patch
+def on(
+    self: VQVAETokenizer,
+    mesh: Mesh,  # devices of this process
+) -> VQVAETokenizer:
+    "The tokenizer with its model on every device of `mesh`, so that it encodes and decodes there."
+    return VQVAETokenizer(everywhere(self.model, mesh), self.vocabulary, record=self.record)
 
 # %% ../nbs/06_tokenizer.ipynb #b49dd697
 def _frames(pieces) -> int:
@@ -445,8 +459,8 @@ def save_tokens(
     bar: bool = True,  # show progress
 ) -> Path:
     "Encodes `data` frame by frame into one token file, or this process's share of it into a shard, atomically; returns its path."
-    whole = Path(path)
-    path = whole if n_processes == 1 else whole.with_name(shard_name(whole, process, n_processes))
+    final = Path(path)
+    path = final if n_processes == 1 else final.with_name(shard_name(final, process, n_processes))
     clear_leftovers(path)
     tokens, trajectory, time = self.tokenize(data, process, n_processes, bar=bar)
     with write_atomically(path) as temporary:
@@ -459,7 +473,7 @@ def save_tokens(
             content_hash=np.array(token_hash(tokens, trajectory, time, self.hash)),
         )  # fmt: skip
     if n_processes > 1 and process == 0:
-        _write_index(whole, self.hash, [_frames(data.share(i, n_processes)) for i in range(n_processes)])
+        _write_index(final, self.hash, [_frames(data.share(i, n_processes)) for i in range(n_processes)])
     return path
 
 # %% ../nbs/06_tokenizer.ipynb #044c7440
