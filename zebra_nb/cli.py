@@ -12,7 +12,6 @@ __all__ = ['Integers', 'Flat', 'COMMANDS', 'TOKENIZER_COMMANDS', 'parse_integers
 import dataclasses
 import shlex
 import sys
-import types
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -453,18 +452,15 @@ def tokenizer() -> None:
 
 
 def with_help(command: Callable) -> Callable:
-    "A copy of `command` whose parameters have their docments as help; tyro itself reads those of classes only."
-    told = docments(command)
-    copy = types.FunctionType(
-        command.__code__, command.__globals__, command.__name__, command.__defaults__, command.__closure__
-    )
-    help_of = lambda name: (tyro.conf.arg(help=told[name]),) if told.get(name) else ()
-    hints = get_type_hints(command, include_extras=True)
-    copy.__annotations__ = {
-        k: Annotated[(hint, *words)] if (words := help_of(k)) else hint for k, hint in hints.items()
-    }
-    copy.__doc__ = command.__doc__
-    return copy
+    "`command` with the docments of its parameters as help; tyro itself reads those of classes only."
+    told, hints = docments(command), get_type_hints(command, include_extras=True)
+    helped = lambda **given: command(**given)
+    with_words = lambda name: Annotated[hints[name], tyro.conf.arg(help=told[name])] if told.get(name) else hints[name]
+    helped.__annotations__ = {name: with_words(name) for name in signature(command).parameters}
+    keyword = lambda p: p.replace(annotation=helped.__annotations__[p.name], kind=p.KEYWORD_ONLY)
+    helped.__signature__ = signature(command).replace(parameters=map(keyword, signature(command).parameters.values()))
+    helped.__doc__, helped.__name__ = command.__doc__, command.__name__
+    return helped
 
 
 def build(commands: dict) -> tyro.extras.SubcommandApp:

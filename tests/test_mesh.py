@@ -1,0 +1,132 @@
+"""The chain on eight virtual devices, and in two processes of four, against the run on one device."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from zebra_nb.tokenizer import TokenDataset
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+
+
+def start(script: str, *arguments: object, devices: int, rank: int = 0, processes: int = 1, port: int = 0, log: Path):
+    "A Python process with virtual devices, one of a job of so many, that runs a function of `mesh_jobs`."
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": processes, "JAX_PROCESS_ID": rank}
+    more = {"JAX_NUM_CPU_DEVICES": devices, **(job if processes > 1 else {})}
+    code = f"import sys, mesh_jobs; mesh_jobs.{script}(*sys.argv[1:])"
+    with log.open("wb") as out:
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            env=os.environ | ENVIRONMENT | {k: str(v) for k, v in more.items()}, stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def job(script: str, *arguments: object, folder: Path, devices: int, processes: int = 1) -> list[subprocess.Popen]:
+    "The processes of a job; what they print goes to `folder`."
+    port, folder = free_port(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = dict(devices=devices, processes=processes, port=port)
+    return [start(script, *arguments, rank=i, log=folder / f"{script}-{i}.log", **options) for i in range(processes)]
+
+
+def finish(processes: list[subprocess.Popen], folder: Path, seconds: float = 400) -> None:
+    "Waits until all have ended well."
+    end = time.monotonic() + seconds
+    codes = [p.wait(max(1, end - time.monotonic())) for p in processes]
+    said = "\n".join(p.read_text(errors="replace")[-1500:] for p in sorted(Path(folder).glob("*.log")))
+    assert codes == [0] * len(codes), f"{codes}: {said}"
+
+
+def agree(one: dict, other: dict, tolerance: float = 1e-5) -> None:
+    "The arrays agree, but for the attention's bias, whose key part has no gradient but rounding errors (see `mesh_jobs`)."
+    assert one.keys() == other.keys()
+    for name in one:
+        if not name.endswith("qkv.bias"):
+            size = max(1, np.abs(one[name]).max())
+            np.testing.assert_allclose(other[name], one[name], rtol=0, atol=tolerance * size, err_msg=name)
+
+
+def weights(run: Path) -> dict:
+    return load_file(run / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "The whole chain on one device: fields, vqvae/, tokens/, nsp/, rollout.npy."
+    folder = tmp_path_factory.mktemp("alone")
+    finish(job("fields", folder, folder=folder, devices=1), folder)
+    finish(job("chain", folder, folder, "data=1", folder=folder, devices=1), folder)
+    return folder
+
+
+def test_steps_on_eight_devices(tmp_path: Path):
+    "After three steps weights, optimiser, codebook sums agree within 1e-5 on every mesh; a device's share of the state falls with `model`."
+    finish(job("steps", tmp_path, folder=tmp_path, devices=8), tmp_path)
+    held = json.loads((tmp_path / "memory.json").read_text())
+    one = dict(np.load(tmp_path / "data=1.npz"))
+    assert sum("codebooks" in name for name in one) >= 6
+    for name in held:
+        agree(one, dict(np.load(tmp_path / f"{name}.npz")))
+    shares = [held[name] / held["data=8"] for name in ("data=4,model=2", "data=2,model=4", "model=8")]
+    assert shares[0] < 0.55 and shares[1] < 0.32 and shares[2] < 0.21, shares  # small arrays are kept whole
+
+
+def test_the_chain_on_eight_devices(alone: Path, tmp_path: Path):
+    "Tokenizer and predictor agree with those of one device; tokens and rollout are the same."
+    finish(job("chain", alone, tmp_path, "data=4,model=2", folder=tmp_path, devices=8), tmp_path)
+    agree(weights(alone / "vqvae"), weights(tmp_path / "vqvae"))
+    agree(weights(alone / "nsp"), weights(tmp_path / "nsp"))
+    for name in ("train", "valid", "test"):
+        one, other = (np.load(f / f"tokens/{name}.npz")["indices_flat"] for f in (alone, tmp_path))
+        np.testing.assert_array_equal(other, one)
+    np.testing.assert_array_equal(np.load(tmp_path / "rollout.npy"), np.load(alone / "rollout.npy"))
+
+
+def test_two_processes(alone: Path, tmp_path: Path):
+    "Two processes of four devices train, are killed, resume, tokenize in shares, and end where one process ends."
+    seen = tmp_path / "vqvae/checkpoints"
+    running = job(
+        "chain", alone, tmp_path, "data=4,model=2", "tokens", folder=tmp_path / "first", devices=4, processes=2
+    )
+    end = time.monotonic() + 300
+    while not (seen.is_dir() and any(p.name.isdecimal() for p in seen.iterdir())) and time.monotonic() < end:
+        assert all(p.poll() is None for p in running), (tmp_path / "first/chain-0.log").read_text()[-2000:]
+        time.sleep(0.02)
+    for process in running:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "vqvae/model.safetensors").exists()
+    again = job(
+        "chain", alone, tmp_path, "data=4,model=2", "tokens", folder=tmp_path / "second", devices=4, processes=2
+    )
+    finish(again, tmp_path / "second")
+    agree(weights(alone / "vqvae"), weights(tmp_path / "vqvae"))
+    sessions = json.loads((tmp_path / "vqvae/run.json").read_text())["sessions"]
+    assert [s["ended"] for s in sessions] == ["killed", "finished"] and sessions[1]["from_step"] > 0
+    names = [f"train-0000{i}-of-00002.npz" for i in (0, 1)] + ["train.json"]
+    assert sorted(p.name for p in (tmp_path / "tokens").glob("train*")) == names
+    one, other = (TokenDataset(f / "tokens/train.npz") for f in (alone, tmp_path))
+    np.testing.assert_array_equal(other.indices_flat, one.indices_flat)
+
+
+def test_what_the_first_process_refuses_all_refuse(alone: Path, tmp_path: Path):
+    "A folder that holds a run stops both processes, with the sentence, and at once."
+    processes = job("refused", alone / "vqvae", folder=tmp_path, devices=2, processes=2)
+    finish(processes, tmp_path, seconds=120)
+    assert "already holds a run" in (tmp_path / "refused-1.log").read_text()
