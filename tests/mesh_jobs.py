@@ -30,61 +30,59 @@ def configs():
     )
 
 
-def chain(data: str, out: str, mesh: str, last: str = "rollout") -> None:
-    "Fields to tokenizer to tokens to predictor to rollout, or up to the `last` stage, on `mesh`; goes on with what is in `out`."
+def train(data: str, out: str, mesh: str) -> None:
+    "Trains a VQ-VAE on `mesh`; goes on with what is in `out`."
     import os
 
-    from zebra_nb.mesh import everywhere, join, make_mesh
+    from zebra_nb.mesh import join, make_mesh
 
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         join()
-    import dataclasses
+    from zebra_nb import pipeline
 
-    import jax
+    splits, (config, how) = pipeline.split_fields(Path(data) / "flow.h5"), configs()
+    pipeline.train_vqvae(splits, config, how, out=Path(out) / "vqvae", resume=True, mesh=make_mesh(mesh))
+
+
+def save_steps(out: Path, name: str, start, loss, how, mesh: str, batches) -> int:
+    "Some training steps on a mesh: writes the arrays of the state, returns the bytes of a step's arguments per device."
     import numpy as np
 
-    from zebra_nb import pipeline
-    from zebra_nb.tokenizer import TokenDataset
+    from zebra_nb.core import named_leaves
+    from zebra_nb.mesh import cut, make_mesh, place, place_rows
+    from zebra_nb.training import make_step
 
-    devices, out = make_mesh(mesh), Path(out)
-    here = make_mesh(f"data={len(jax.local_devices())}", local=True)
-    splits, (config, how) = pipeline.split_fields(Path(data) / "flow.h5"), configs()
-    pipeline.train_vqvae(splits, config, how, out=out / "vqvae", resume=True, mesh=devices)
-    pipeline.save_tokens(splits, out / "vqvae", out=out / "tokens", mesh=here)
-    if last == "tokens":
-        return
-    size = dict(n_layer=1, n_head=2, n_embd=32)
-    how = dataclasses.replace(how, max_steps=4)
-    predictor, _ = pipeline.train_nsp(
-        out / "tokens", out / "vqvae", how, out=out / "nsp", resume=True, mesh=devices, **size
-    )
-    rows = TokenDataset(out / "tokens/test.npz").windows(2)[:4]
-    tokens = everywhere(predictor, devices).rollout(rows, 3, key=jax.random.key(0), n_ensemble=2)
-    np.save(out / "rollout.npy", tokens)
+    mesh = make_mesh(mesh)
+    state, batches = place(start, cut(start, mesh)), [place_rows(batch, mesh) for batch in batches]
+    step = make_step(loss, how, mesh).lower(state, batches[0]).compile()
+    for batch in batches:
+        state, _ = step(batch, state)
+    np.savez(out / f"{name}.npz", **{k: np.asarray(v) for k, v in named_leaves(state).items()})
+    return step.compiled.memory_analysis().argument_size_in_bytes
 
 
 def steps(out: str) -> None:
-    "Some training steps on one device and on meshes of eight: the arrays of the states, and the bytes of a step's arguments per device."
+    "Some training steps of a VQ-VAE and of a predictor, on one device and on meshes of eight."
     import jax
     import numpy as np
 
-    from zebra_nb.core import create, named_leaves
-    from zebra_nb.mesh import cut, make_mesh, place, place_rows
-    from zebra_nb.training import TrainState, make_step
+    from zebra_nb.core import create
+    from zebra_nb.nsp import NextScalePredictor, NSPConfig, nsp_loss
+    from zebra_nb.training import TrainState
     from zebra_nb.vqvae import VARVQVAE2d, vqvae_loss
 
-    (config, how), held = configs(), {}
-    model = create(VARVQVAE2d, config, key=jax.random.key(0))
-    waves = np.random.default_rng(0).normal(size=(3, 16, 1, 16, 16)).astype(np.float32).cumsum(-1).cumsum(-2)
-    start = TrainState.create(model.start(waves[0], key=jax.random.key(1)), how)
-    for name in ("data=1", "data=8", "data=4,model=2", "data=2,model=4", "model=8"):
-        mesh = make_mesh(name)
-        state, step = place(start, cut(start, mesh)), make_step(vqvae_loss, how, mesh)
-        batches = [place_rows(fields, mesh) for fields in waves]
-        held[name] = step.lower(state, batches[0]).compile().compiled.memory_analysis().argument_size_in_bytes
-        for batch in batches:
-            state, _ = step(state, batch)
-        np.savez(Path(out) / f"{name}.npz", **{k: np.asarray(v) for k, v in named_leaves(state).items()})
+    (config, how), rng, held = configs(), np.random.default_rng(0), {}
+    waves = rng.normal(size=(3, 16, 1, 16, 16)).astype(np.float32).cumsum(-1).cumsum(-2)
+    model = create(VARVQVAE2d, config, key=jax.random.key(0)).start(waves[0], key=jax.random.key(1))
+    for mesh in ("data=1", "data=8", "data=4,model=2"):
+        args = TrainState.create(model, how), vqvae_loss, how, mesh, waves
+        held[f"vqvae {mesh}"] = save_steps(Path(out), f"vqvae {mesh}", *args)
+    size = NSPConfig(scales=(1, 4), scale_vocab_sizes=(8, 16), codebook_dim=4, n_layer=1, n_head=2, n_embd=64)
+    tokens = np.concatenate([rng.integers(0, 8, (3, 16, 3, 1)), rng.integers(8, 24, (3, 16, 3, 16))], axis=-1)
+    model = create(NextScalePredictor, size, rng.normal(size=(24, 4)).astype(np.float32), key=jax.random.key(0))
+    for mesh in ("data=1", "data=2,model=4"):
+        args = TrainState.create(model, how), nsp_loss, how, mesh, tokens.astype(np.int32)
+        held[f"nsp {mesh}"] = save_steps(Path(out), f"nsp {mesh}", *args)
     (Path(out) / "memory.json").write_text(json.dumps(held))
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from zebra_nb.tokenizer import TokenDataset
+from zebra_nb.checkpoints import steps_in
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
@@ -62,67 +62,43 @@ def agree(one: dict, other: dict, tolerance: float = 1e-5) -> None:
             np.testing.assert_allclose(other[name], one[name], rtol=0, atol=tolerance * size, err_msg=name)
 
 
-def weights(run: Path) -> dict:
-    return load_file(run / "model.safetensors")
+def test_steps_on_eight_devices(tmp_path: Path):
+    "After three steps weights, optimiser and codebook sums are those of one device within 1e-5; a device's share of the state falls with `model`."
+    finish(job("steps", tmp_path, folder=tmp_path, devices=8), tmp_path)
+    states = {path.stem: dict(np.load(path)) for path in tmp_path.glob("*.npz")}
+    assert sum("codebooks" in name for name in states["vqvae data=1"]) >= 6
+    for name, state in states.items():
+        agree(states[f"{name.split()[0]} data=1"], state)
+    held = json.loads((tmp_path / "memory.json").read_text())
+    assert held["vqvae data=4,model=2"] < 0.55 * held["vqvae data=8"]  # small arrays are kept whole
+    assert held["nsp data=2,model=4"] < 0.33 * held["nsp data=1"]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "The whole chain on one device: fields, vqvae/, tokens/, nsp/, rollout.npy."
+    "Fields, and a VQ-VAE trained on them by one device: flow.h5, vqvae/."
     folder = tmp_path_factory.mktemp("alone")
     finish(job("fields", folder, folder=folder, devices=1), folder)
-    finish(job("chain", folder, folder, "data=1", folder=folder, devices=1), folder)
+    finish(job("train", folder, folder, "data=1", folder=folder, devices=1), folder)
     return folder
 
 
-def test_steps_on_eight_devices(tmp_path: Path):
-    "After three steps weights, optimiser, codebook sums agree within 1e-5 on every mesh; a device's share of the state falls with `model`."
-    finish(job("steps", tmp_path, folder=tmp_path, devices=8), tmp_path)
-    held = json.loads((tmp_path / "memory.json").read_text())
-    one = dict(np.load(tmp_path / "data=1.npz"))
-    assert sum("codebooks" in name for name in one) >= 6
-    for name in held:
-        agree(one, dict(np.load(tmp_path / f"{name}.npz")))
-    shares = [held[name] / held["data=8"] for name in ("data=4,model=2", "data=2,model=4", "model=8")]
-    assert shares[0] < 0.55 and shares[1] < 0.32 and shares[2] < 0.21, shares  # small arrays are kept whole
-
-
-def test_the_chain_on_eight_devices(alone: Path, tmp_path: Path):
-    "Tokenizer and predictor agree with those of one device; tokens and rollout are the same."
-    finish(job("chain", alone, tmp_path, "data=4,model=2", folder=tmp_path, devices=8), tmp_path)
-    agree(weights(alone / "vqvae"), weights(tmp_path / "vqvae"))
-    agree(weights(alone / "nsp"), weights(tmp_path / "nsp"))
-    for name in ("train", "valid", "test"):
-        one, other = (np.load(f / f"tokens/{name}.npz")["indices_flat"] for f in (alone, tmp_path))
-        np.testing.assert_array_equal(other, one)
-    np.testing.assert_array_equal(np.load(tmp_path / "rollout.npy"), np.load(alone / "rollout.npy"))
-
-
 def test_two_processes(alone: Path, tmp_path: Path):
-    "Two processes of four devices train, are killed, resume, tokenize in shares, and end where one process ends."
-    seen = tmp_path / "vqvae/checkpoints"
-    running = job(
-        "chain", alone, tmp_path, "data=4,model=2", "tokens", folder=tmp_path / "first", devices=4, processes=2
-    )
+    "Two processes of four devices train, are killed, resume, and end where one process with one device ends."
+    checkpoints, command = tmp_path / "vqvae/checkpoints", ("train", alone, tmp_path, "data=4,model=2")
+    running = job(*command, folder=tmp_path / "first", devices=4, processes=2)
     end = time.monotonic() + 300
-    while not (seen.is_dir() and any(p.name.isdecimal() for p in seen.iterdir())) and time.monotonic() < end:
-        assert all(p.poll() is None for p in running), (tmp_path / "first/chain-0.log").read_text()[-2000:]
+    while not steps_in(checkpoints) and time.monotonic() < end:
+        assert all(p.poll() is None for p in running), (tmp_path / "first/train-0.log").read_text()[-2000:]
         time.sleep(0.02)
     for process in running:
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert not (tmp_path / "vqvae/model.safetensors").exists()
-    again = job(
-        "chain", alone, tmp_path, "data=4,model=2", "tokens", folder=tmp_path / "second", devices=4, processes=2
-    )
-    finish(again, tmp_path / "second")
-    agree(weights(alone / "vqvae"), weights(tmp_path / "vqvae"))
+    assert steps_in(checkpoints) and not (tmp_path / "vqvae/model.safetensors").exists()
+    finish(job(*command, folder=tmp_path / "second", devices=4, processes=2), tmp_path / "second")
+    agree(*(load_file(folder / "vqvae/model.safetensors") for folder in (alone, tmp_path)))
     sessions = json.loads((tmp_path / "vqvae/run.json").read_text())["sessions"]
     assert [s["ended"] for s in sessions] == ["killed", "finished"] and sessions[1]["from_step"] > 0
-    names = [f"train-0000{i}-of-00002.npz" for i in (0, 1)] + ["train.json"]
-    assert sorted(p.name for p in (tmp_path / "tokens").glob("train*")) == names
-    one, other = (TokenDataset(f / "tokens/train.npz") for f in (alone, tmp_path))
-    np.testing.assert_array_equal(other.indices_flat, one.indices_flat)
 
 
 def test_what_the_first_process_refuses_all_refuse(alone: Path, tmp_path: Path):
