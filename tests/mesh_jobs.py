@@ -86,21 +86,26 @@ def steps(out: str) -> None:
     (Path(out) / "memory.json").write_text(json.dumps(held))
 
 
-def refused(run: str) -> None:
-    "Tries to train into a folder that holds a run."
+def tokens(data: str, out: str) -> None:
+    "Tries to train into a folder that holds a run, then tokenizes with its model."
+    import os
+
     from zebra_nb.core import InputError
     from zebra_nb.mesh import join
 
-    join()
+    if "JAX_COORDINATOR_ADDRESS" in os.environ:
+        join()
     import jax
 
+    from zebra_nb import pipeline
     from zebra_nb.core import create
     from zebra_nb.sessions import Session
     from zebra_nb.vqvae import VARVQVAE2d
 
     config, how = configs()
     try:
-        with Session(run, create(VARVQVAE2d, config, key=jax.random.key(0)), how):
+        with Session(Path(data) / "vqvae", create(VARVQVAE2d, config, key=jax.random.key(0)), how):
             raise AssertionError("not refused")
     except InputError as e:
         print(e)
+    pipeline.save_tokens(pipeline.split_fields(Path(data) / "flow.h5"), Path(data) / "vqvae", out=Path(out))

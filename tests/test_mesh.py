@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from zebra_nb.checkpoints import steps_in
+from zebra_nb.tokenizer import TokenDataset
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
@@ -102,7 +103,14 @@ def test_two_processes(alone: Path, tmp_path: Path):
 
 
 def test_what_the_first_process_refuses_all_refuse(alone: Path, tmp_path: Path):
-    "A folder that holds a run stops both processes, with the sentence, and at once."
-    processes = job("refused", alone / "vqvae", folder=tmp_path, devices=2, processes=2)
-    finish(processes, tmp_path, seconds=120)
-    assert "already holds a run" in (tmp_path / "refused-1.log").read_text()
+    "A folder that holds a run is refused by both processes, with the sentence; after that they tokenize, a shard each."
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        finish(job("tokens", alone, folder, folder=folder, devices=1, processes=processes), folder)
+        assert "already holds a run" in (folder / f"tokens-{processes - 1}.log").read_text()
+    shards = [f"train-0000{i}-of-00002.npz" for i in (0, 1)]
+    assert sorted(p.name for p in (tmp_path / "2").glob("train*")) == [*shards, "train.json"]
+    one, two = (TokenDataset(tmp_path / n / "train.npz") for n in ("1", "2"))
+    for name in ("indices_flat", "trajectory", "time"):
+        np.testing.assert_array_equal(getattr(two, name), getattr(one, name))
+    assert two.tokenizer_hash == one.tokenizer_hash
