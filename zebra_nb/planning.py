@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'RING', 'ACCELERATORS', 'planned_mesh', 'compile_step', 'first_group', 'Collective', 'collectives_in', 'Plan',
-           'spelled', 'markdown_table', 'Accelerator', 'seconds_of', 'Prediction', 'measure_here', 'plan_step',
-           'plan_nsp', 'plan_vqvae', 'plan_summary']
+           'spelled', 'markdown_table', 'Accelerator', 'accelerator', 'seconds_of', 'Prediction', 'measure_here',
+           'plan_step', 'plan_nsp', 'plan_vqvae', 'plan_summary']
 
 # %% ../nbs/09f_planning.ipynb #a65ec6c0
 import collections
@@ -92,7 +92,9 @@ def first_group(
     devices: int,  # in all
 ) -> np.ndarray:
     "The devices that talk to the first one."
-    if named := re.match(r"mesh\[(.*?)\](?:, device_ids=\((\[.*?)\))? \{(.*?)\}", text):  # axes, of which some are named
+    if named := re.match(
+        r"mesh\[(.*?)\](?:, device_ids=\((\[.*?)\))? \{(.*?)\}", text
+    ):  # axes, of which some are named
         sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", named[1])}
         numbers = (_counted(named[2]) if named[2] else np.arange(devices)).reshape(list(sizes.values()))
         inside = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", named[3])]
@@ -198,8 +200,8 @@ def spelled(
     unit: str = "B",
 ) -> str:
     "A number in three digits, with a prefix: `1.23 GB`."
-    power = min(int(math.log10(x) // 3), 6) if x >= 1 else 0
-    return f"{x / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}{unit}"
+    power = max(-3, min(6, math.floor(math.log10(x) / 3))) if x > 0 else 0
+    return f"{x / 1000.0**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E', 'n', 'µ', 'm'][power]}{unit}"
 
 
 def markdown_table(*rows: tuple) -> str:
@@ -239,7 +241,7 @@ class Accelerator:
     latency: float = 5e-6  # seconds that a message takes, however short; an assumption
 
 
-_peak = PEAK_FLOPS
+_peak = PEAK_FLOPS  # in bfloat16, by the start of a device's name
 ACCELERATORS = {
     "a100": Accelerator("NVIDIA A100 80GB SXM", _peak["NVIDIA A100"], 80e9, 2.039e12, 300e9, 25e9, 8),
     "h100": Accelerator("NVIDIA H100 SXM", _peak["NVIDIA H100"], 80e9, 3.35e12, 450e9, 50e9, 8),
@@ -251,6 +253,15 @@ ACCELERATORS = {
     "v6e": Accelerator("TPU v6e", _peak["TPU v6"], 32e9, 1.638e12, 400e9, None, 256),
 }
 
+
+def accelerator(
+    name: str,
+) -> Accelerator:
+    "The accelerator of this name; raises `InputError` for an unknown one."
+    if name not in ACCELERATORS:
+        raise InputError(f"unknown accelerator '{name}': choose one of {', '.join(ACCELERATORS)}")
+    return ACCELERATORS[name]
+
 # %% ../nbs/09f_planning.ipynb #bdc691c5
 def seconds_of(
     c: Collective,
@@ -260,7 +271,7 @@ def seconds_of(
     speed = on.link
     if (c.members - 1) * c.stride + 1 > on.per_node:
         if on.across is None:
-            raise InputError(f"nobody says how fast {on.name}s of different pods of {on.per_node} talk: use a smaller mesh")
+            raise InputError(f"no speed between pods of {on.per_node} is published for {on.name}: use a smaller mesh")
         speed = min(speed, on.across * max(1, on.per_node // c.stride))
     return c.sent / speed + c.count * math.ceil(math.log2(c.members)) * on.latency
 
@@ -302,9 +313,9 @@ class Prediction:
     @property
     def row(self) -> tuple[str, ...]:
         "For a table under `Prediction.HEAD`."
-        times = (spelled(1000 * s, "ms") for s in (*self.parts.values(), self.seconds))
+        times = (spelled(s, "s") for s in (*self.parts.values(), self.seconds))
         samples = spelled(self.plan.batch_size / self.seconds, "")
-        room = f"{self.plan.peak / self.accelerator.memory:.0%}"
+        room = f"{self.plan.peak / self.accelerator.memory:.1%}"
         return (self.accelerator.name, *times, f"{self.mfu:.1%}", samples, room if self.fits else f"**{room}**")
 
     HEAD = ("accelerator", "arithmetic", "memory", "communication", "step", "MFU", "samples/s", "of its memory")
@@ -316,18 +327,14 @@ class Prediction:
 @patch
 def on(
     self: Plan,
-    accelerator: str | Accelerator,  # or a name in `ACCELERATORS`
+    there: str | Accelerator,  # a name in `ACCELERATORS`, or another one
     *,
     efficiency: float | int = 0.5,  # share of the peak that arithmetic reaches
 ) -> Prediction:
     "How this plan would run there; raises `InputError` for an unknown name."
-    if isinstance(accelerator, str):
-        if accelerator not in ACCELERATORS:
-            raise InputError(f"unknown accelerator '{accelerator}': choose one of {', '.join(ACCELERATORS)}")
-        accelerator = ACCELERATORS[accelerator]
     if not 0 < efficiency <= 1:
         raise InputError(f"efficiency is {efficiency}: give a share of the peak, more than 0 and at most 1")
-    return Prediction(self, accelerator, float(efficiency))
+    return Prediction(self, accelerator(there) if isinstance(there, str) else there, float(efficiency))
 
 # %% ../nbs/09f_planning.ipynb #ee63a104
 def _least(program: Callable, x: jax.Array, rounds: int = 10) -> float:
