@@ -373,7 +373,7 @@ def plan_step(
 
 def plan_nsp(
     config: NSPConfig,
-    how: TrainConfig = TrainConfig(),
+    how: TrainConfig,
     mesh: str | dict[str, int] = "",  # as for `parse_mesh`
 ) -> Plan:
     "What a training step of a next-scale predictor needs of each device of the mesh."
@@ -383,7 +383,7 @@ def plan_nsp(
 
 def plan_vqvae(
     config: VQVAEConfig,
-    how: TrainConfig = TrainConfig(),
+    how: TrainConfig,
     mesh: str | dict[str, int] = "",  # as for `parse_mesh`
     *,
     multi_scale: bool = True,  # VARVQVAE2d rather than VQVAE2d
