@@ -24,6 +24,7 @@ def main() -> None:
     threads = dict.fromkeys(("NPROC", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") if workers > 1 else {}
     # Most of the time goes into compiling, and the same programs are met in several notebooks and processes.
     cache = {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=1".strip(),  # a fifth less
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         # Who meets an entry that another process is still writing compiles for itself, and need not say so.
