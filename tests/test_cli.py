@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -13,16 +14,20 @@ import numpy as np
 import pytest
 import scipy.io
 
+from zebra_nb.checkpoints import steps_in
+
 SMALL = (
     "--var_mode --base_channels 8 --channel_mult 1,2 --num_res_blocks 1 --hidden_dim 16 --codebook_dim 8 "
     "--vocab_size 16,32,32,32 --scales 1,2,4,8 --batch_size 8 --lr 3e-3 --max_steps 4"
 ).split()
 
 
+ZEBRA, CPU = [sys.executable, "-c", "from zebra_nb.cli import main; main()"], {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+
 def zebra(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     "`zebra-nb` with these arguments, in `cwd`."
-    command = [sys.executable, "-c", "from zebra_nb.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env={**os.environ, "JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    return subprocess.run([*ZEBRA, *map(str, arguments)], cwd=cwd, env=CPU, capture_output=True, text=True)
 
 
 def succeeds(*arguments: object, cwd: Path) -> str:
@@ -73,6 +78,23 @@ def test_a_run_goes_on(work: Path):
     succeeds("train-vqvae", "--data_dir", "mat", "--out", "longer", *SMALL[:-1], 6, "--resume", cwd=work)
     steps = [json.loads(line)["step"] for line in (work / "longer/history.jsonl").read_text().splitlines()]
     assert steps[-1] == 6 and steps == sorted(set(steps))
+
+
+def test_a_run_is_asked_to_stop(work: Path):
+    "The step is finished and kept; one sentence on standard error says so, and the exit code which signal it was."
+    run, options = work / "stopped", [*SMALL[:-1], 100_000, "--validate_every", 10, "--tensorboard"]
+    command = [*ZEBRA, "train-vqvae", "--data_dir", "mat", "--out", "stopped", *map(str, options)]
+    process, end = (
+        subprocess.Popen(command, cwd=work, env=CPU, stderr=subprocess.PIPE, text=True),
+        time.monotonic() + 120,
+    )
+    while not (run / "history.jsonl").exists() or len((run / "history.jsonl").read_text().splitlines()) < 3:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    process.terminate()
+    last = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 143 and last.startswith("zebra-nb: interrupted by SIGTERM at step "), last
+    assert str(steps_in(run / "checkpoints")[-1]) in last and list((run / "tensorboard").iterdir())
 
 
 def folder_of(kind: str, work: Path) -> Path:
@@ -246,7 +268,7 @@ def in_terminal(code: str, cwd: Path) -> str:
     pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
-    env, streams = {**os.environ, "JAX_PLATFORMS": "cpu"}, dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    env, streams = CPU, dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
     process, seen = subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env=env, **streams), []
     os.close(theirs)
     try:

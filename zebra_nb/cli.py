@@ -314,7 +314,7 @@ def train_nsp(
     _, history = pipeline.train_nsp(
         tokens_path, vqvae_checkpoint, how, out=out, epochs=None if max_steps else epochs, resume=running.resume,
         n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_context=n_context, context_queries=context_queries,
-        checkpoint=checkpoint_activations, loss=dict(substitution=substitution), mesh=mesh, options=dict(track=running.track),
+        checkpoint=checkpoint_activations, loss=dict(substitution=substitution), mesh=mesh, track=running.track,
     )  # fmt: skip
     say(f"wrote {out / 'model.safetensors'}: {history[-1].get('valid_bits', float('nan')):.0f} bits per held-out frame")
 

@@ -15,7 +15,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,7 @@ def train_vqvae(
     resume: bool = False,
     threads: int = 1,  # that read ahead
     workers: int = 0,  # processes that read ahead in their place
-    mesh: Mesh | None = None,  # devices, passed on to `fit`
-    **options,  # of `fit`: watch, track
+    **options,  # of `fit`: watch, track, mesh
 ) -> tuple[AbstractVQVAE2d, History]:
     "Trains a VQ-VAE on the training part; raises `InputError` if the fields are not of the configured shape."
     want, found = (config.channels, *config.field_size), tuple(data.train.field_shape)
@@ -165,9 +164,9 @@ def train_vqvae(
         return eqx.filter_jit(lambda m, x: m.calibrate(x))(model, np.concatenate(many)[::4])
 
     return fit(
-        model, vqvae_loss, _loader(source, how, mesh, threads=threads, workers=workers), config=how, out=out, resume=resume,
+        model, vqvae_loss, _loader(source, how, options.get("mesh"), threads=threads, workers=workers), config=how, out=out, resume=resume,
         valid=held_out(data.valid.snapshots(), how.batch_size), record={"data": describe(data.train)}, finish=finish,
-        mesh=mesh, desc="training tokenizer", **options,
+        desc="training tokenizer", **options,
     )  # fmt: skip
 
 # %% ../nbs/09a_pipeline.ipynb #8bb323ca
@@ -216,8 +215,9 @@ def train_nsp(
     epochs: float | int | None = None,  # instead of `how.max_steps`
     resume: bool = False,
     loss: dict[str, Any] | None = None,  # options of `nsp_loss`: scale_weights, substitution
-    options: dict[str, Any] | None = None,  # of `fit`: watch, track
-    mesh: Mesh | None = None,  # devices, passed on to `fit`
+    watch: Callable | None = None,  # this and the next two are passed on to `fit`
+    track: tuple[str, ...] = (),
+    mesh: Mesh | None = None,
     **size,  # of the transformer: n_layer, n_head, n_embd, …
 ) -> tuple[NextScalePredictor, History]:
     "Trains a next-scale predictor on a folder of token files; stores the tokenizer beside it."
@@ -233,7 +233,7 @@ def train_nsp(
         model, functools.partial(nsp_loss, **(loss or {})), _loader(pairs, how, mesh), config=how, out=out, resume=resume,
         valid=held_out(held, how.batch_size, 32), valid_loss=nsp_loss, record={"tokenizer": tokenizer.hash, "tokens": train.hash},
         per_sample={"tokens": pairs[0].shape[-1], "flop": training_flop(model.config)},
-        mesh=mesh, desc="training predictor", **(options or {}),
+        watch=watch, track=track, mesh=mesh, desc="training predictor",
     )  # fmt: skip
 
     def complete():
