@@ -1,10 +1,12 @@
 """The run that the tests of survival train: a VQ-VAE as small as it can be, with all that a run can have."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,12 +14,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from zebra_nb.checkpoints import Checkpoints, architecture
-from zebra_nb.core import InputError, content_hash, load, named_leaves
+from zebra_nb.checkpoints import Checkpoints
+from zebra_nb.core import InputError, content_hash, load
 from zebra_nb.loading import Loader
 from zebra_nb.quantizer import QuantizerConfig
 from zebra_nb.sessions import Interrupted
-from zebra_nb.training import TrainConfig, TrainState, fit
+from zebra_nb.training import TrainConfig, fit
 from zebra_nb.vqvae import VARVQVAE2d, VQVAEConfig, vqvae_loss
 
 CONFIG = TrainConfig(
@@ -55,13 +57,17 @@ def train(out: Path | None, *, resume: bool = False, cache: Path | None = None, 
     )
 
 
-def program(told: Connection, silent: bool, *arguments, **options):
-    "A child's main function: `train`, with an exit code as a command's, and the last sentence told to the parent."
+def slowly(seconds: float, history, model):
+    "A `watch` that gives others time to interfere."
+    time.sleep(seconds)
+
+
+def program(told: Connection, *arguments, pause: float = 0, **options):
+    "A child's main function: `train`, with the exit code of a command; the parent is told its last sentence."
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if silent:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no progress bars
     try:
-        train(*arguments, **options)
+        train(*arguments, watch=functools.partial(slowly, pause) if pause else None, **options)
         code, words = 0, "finished"
     except Interrupted as e:
         code, words = 128 + e.signal, str(e)
@@ -69,3 +75,70 @@ def program(told: Connection, silent: bool, *arguments, **options):
         code, words = 2, str(e)
     told.send(words)
     raise SystemExit(code)
+
+
+class Child:
+    "A process that trains in `out`; it starts quickly, because it is forked from one that has imported everything."
+
+    def __init__(self, out: Path, **options):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.out, (self.pipe, there) = out, context.Pipe(duplex=False)
+        self.process = context.Process(target=program, args=(there, out), kwargs=options)
+        self.process.start()
+        there.close()
+
+    def end(self, within: float = 60) -> tuple[int, str]:
+        "Waits for the end: exit code and last sentence, empty where there was no time to say one."
+        self.process.join(within)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"the run in '{self.out}' did not end")
+        try:
+            return self.process.exitcode, self.pipe.recv()
+        except EOFError:
+            return self.process.exitcode, ""
+
+    def wait_until(self, condition: Callable[[], bool], within: float = 60):
+        "Returns when the condition holds; nobody else's process may have ended before."
+        end = time.monotonic() + within
+        while not condition():
+            assert self.process.exitcode is None, f"the run ended too early: {self.end()}"
+            assert time.monotonic() < end, f"the run in '{self.out}' does not come to it"
+            time.sleep(0.001)
+
+
+def rows(out: Path) -> list[dict]:
+    "The whole lines of the history, without what depends on the clock."
+    path = out / "history.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(TIMING)} for line in lines]
+
+
+def last_step(out: Path) -> int:
+    return max((r["step"] for r in rows(out)), default=0)
+
+
+def sessions(out: Path) -> list[dict]:
+    return json.loads((out / "run.json").read_text())["sessions"]
+
+
+def kept_arrays(out: Path) -> dict[int, dict[str, bytes]]:
+    "The bytes of all arrays of all checkpoints, by step and name."
+    import orbax.checkpoint as ocp
+
+    checkpoints, wanted = Checkpoints(out / "checkpoints"), ocp.args.Composite(state=ocp.args.StandardRestore())
+    found = {step: checkpoints.manager.restore(step, args=wanted).state for step in checkpoints.steps}
+    checkpoints.close()
+    return {step: {k: np.asarray(v).tobytes() for k, v in arrays.items()} for step, arrays in found.items()}
+
+
+def same_end(a: Path, b: Path) -> bool:
+    "Whether two runs ended equally, to the bit: model, checkpoints, history; and no file of either is half written."
+    assert content_hash(load(a / "model.safetensors")) == content_hash(load(b / "model.safetensors"))
+    assert rows(a) == rows(b)
+    assert kept_arrays(a) == kept_arrays(b)
+    for out in (a, b):
+        assert {p.name for p in out.iterdir()} == {"model.safetensors", "history.jsonl", "run.json", ".lock", "checkpoints"}
+        assert all(p.name.isdecimal() for p in (out / "checkpoints").iterdir())
+    return True

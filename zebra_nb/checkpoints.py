@@ -96,6 +96,16 @@ def _let_go():
                 future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
 
 
+def _put_aside_metrics(folder: Path):
+    "Renames a metric that cannot be read: with it, nobody could open the folder."
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            float(json.loads(path.read_text("utf-8", "replace"))["metric"])
+        except (ValueError, KeyError, TypeError):
+            warnings.warn(f"the metric in '{path}' is damaged: this checkpoint counts as one without", stacklevel=3)
+            path.rename(path.with_name("damaged"))
+
+
 class Checkpoints:
     "The training states in a folder, by step."
 
@@ -119,6 +129,9 @@ class Checkpoints:
         self.folder, self.failed = Path(folder).resolve(), False
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
         with self._explained("could not be opened"):
+            if is_main():
+                _put_aside_metrics(self.folder)
+            any_process(np.array(False))  # wait for it
             self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
