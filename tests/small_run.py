@@ -11,6 +11,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import numpy as np
 
@@ -39,9 +40,10 @@ def smooth_fields(n: int, size: int = 16) -> np.ndarray:
 
 def untrained() -> VARVQVAE2d:
     "The model before the first step."
-    quantizer = QuantizerConfig(dim=4, vocab_size=16, scales=(1, 2, 4, 8))
+    quantizer = QuantizerConfig(dim=4, vocab_size=16, scales=(1, 2, 4, 8), shared=True)
     small = dict(field_size=(16, 16), base_channels=4, channel_mult=(1,), num_res_blocks=0, hidden_dim=8)
-    return VARVQVAE2d(VQVAEConfig(**small, quantizer=quantizer), key=jax.random.key(0))
+    config = VQVAEConfig(**small, quantizer=quantizer)
+    return eqx.filter_jit(lambda key: VARVQVAE2d(config, key=key))(jax.random.key(0))  # one program instead of dozens
 
 
 def train(out: Path | None, *, resume: bool = False, cache: Path | None = None, options: dict | None = None, **more):
@@ -52,9 +54,7 @@ def train(out: Path | None, *, resume: bool = False, cache: Path | None = None, 
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     config, fields = dataclasses.replace(CONFIG, **(options or {})), smooth_fields(40)
     batches = Loader(fields[:32], config.batch_size)
-    return fit(
-        untrained(), vqvae_loss, batches, valid=[fields[32:]], config=config, out=out, resume=resume, **more
-    )
+    return fit(untrained(), vqvae_loss, batches, valid=[fields[32:]], config=config, out=out, resume=resume, **more)
 
 
 def slowly(seconds: float, history, model):
@@ -62,12 +62,23 @@ def slowly(seconds: float, history, model):
     time.sleep(seconds)
 
 
-def program(told: Connection, *arguments, pause: float = 0, **options):
+def measuring(path: Path, history, model):
+    "A `watch` that writes down what this process holds of the machine, every 100 steps."
+    if history[-1]["step"] % 100 == 0:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        now = {"megabytes": pages * os.sysconf("SC_PAGE_SIZE") / 1e6, "threads": len(os.listdir("/proc/self/task"))}
+        with open(path, "a") as file:
+            now["files"] = len(os.listdir("/proc/self/fd"))
+            file.write(json.dumps({"step": history[-1]["step"], **now}) + "\n")
+
+
+def program(told: Connection, *arguments, pause: float = 0, measure: Path | None = None, **options):
     "A child's main function: `train`, with the exit code of a command; the parent is told its last sentence."
+    watch = functools.partial(measuring, measure) if measure else functools.partial(slowly, pause) if pause else None
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no progress bars
     try:
-        train(*arguments, watch=functools.partial(slowly, pause) if pause else None, **options)
+        train(*arguments, watch=watch, **options)
         code, words = 0, "finished"
     except Interrupted as e:
         code, words = 128 + e.signal, str(e)
@@ -139,6 +150,12 @@ def same_end(a: Path, b: Path) -> bool:
     assert rows(a) == rows(b)
     assert kept_arrays(a) == kept_arrays(b)
     for out in (a, b):
-        assert {p.name for p in out.iterdir()} == {"model.safetensors", "history.jsonl", "run.json", ".lock", "checkpoints"}
+        assert {p.name for p in out.iterdir()} == {
+            "model.safetensors",
+            "history.jsonl",
+            "run.json",
+            ".lock",
+            "checkpoints",
+        }
         assert all(p.name.isdecimal() for p in (out / "checkpoints").iterdir())
     return True

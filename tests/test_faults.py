@@ -1,6 +1,8 @@
 """A disk that is full, broken, read-only or gone, at each single operation; and checkpoints that have been damaged."""
 
+import contextlib
 import ctypes
+import dataclasses
 import errno
 import faulthandler
 import itertools
@@ -14,16 +16,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from zebra_nb.checkpoints import Checkpoints
-from zebra_nb.core import InputError, named_leaves
+from jaxtyping import Array, Float
+from small_run import CONFIG, Child, rows, same_end, sessions, untrained
+
+from zebra_nb.checkpoints import Checkpoints, checkpointed
+from zebra_nb.core import AbstractConfig, AbstractModel, InputError, load, named_leaves
 from zebra_nb.quantizer import QuantizerConfig
+from zebra_nb.sessions import Session
 
 PATIENCE = 30  # seconds for one trial
+SHORT = dict(max_steps=12)
 MODEL = {"model": "EMACodebook", "module": "zebra_nb.quantizer", "config": {"dim": 8}}
+
+
+@dataclasses.dataclass(frozen=True)
+class NumberConfig(AbstractConfig):
+    start: float = 1.0
+
+
+class Number(AbstractModel):
+    "The smallest model; a step halves it."
+
+    value: Float[Array, ""]
+    config: NumberConfig = eqx.field(static=True)
+    config_class = NumberConfig
+
+    def __init__(self, config: NumberConfig, *, key=None):
+        self.value, self.config = jnp.float32(config.start), config
 
 
 def state_at(step: int) -> dict[str, Any]:
@@ -108,15 +132,54 @@ def trial(disk: Disk, home: Path, n: int, error: int, stays: bool) -> dict[str, 
     return {k: v for k, v in found.items() if k != "operations"}
 
 
-def trials(disk: Disk, home: Path, *series: str):
+def sitting(out: Path, last: int = 8, resume: bool = True):
+    "A session that trains `Number`, with a record after each step, a checkpoint after every second, and the model at the end."
+    config = dataclasses.replace(CONFIG, max_steps=8, keep=1)
+    with Session(out, Number(NumberConfig()), config, resume=resume) as session:
+        model, first = session.restore(Number(NumberConfig()))
+        for step in range(first + 1, last + 1):
+            model = eqx.tree_at(lambda m: m.value, model, model.value / 2)
+            session.step = step
+            session.log({"step": step, "value": float(model.value)})
+            if step % 2 == 0:
+                session.keep(step, model, metric=1 / step)
+        session.checkpoints.wait()
+        if last == 8:
+            session.store(model)
+
+
+def session_trial(disk: Disk, home: Path, n: int, error: int, stays: bool) -> dict[str, Any]:
+    "The second sitting of a run, with a failure in it; and a third one."
+    out = home / f"sitting {n}"
+    shutil.copytree(home / "begun", out)
+    disk.fail(out, n, error, stays)
+    said = sentence(sitting, out)
+    done = disk.mend()
+    found = {"n": n, "said": said, "operation": done["operations"][n - 1 : n], **done}
+    found |= {"value": not said and float(load(out / "model.safetensors").value)}
+    found |= {
+        "later": sentence(sitting, out),
+        "value later": float(load(out / "model.safetensors").value),
+        "rows": rows(out),
+    }
+    found |= {"files": sorted(p.name for p in out.iterdir()), "ended": [s["ended"] for s in sessions(out)]}
+    return {k: v for k, v in found.items() if k != "operations"}
+
+
+TRIALS = {"checkpoints": trial, "sessions": session_trial}
+
+
+def trials(disk: Disk, home: Path, what: str, *series: str):
     "Prints a line of JSON for each trial of each series: `error:stays:first:step` says which operations fail, until there are no more."
     first = open_kept(home / "good")
     save_at(first, 10)
     first.close()
+    sitting(home / "begun", last=4, resume=False)
     for error, stays, start, step in (map(int, one.split(":")) for one in series):
         for n in range(start, 1000, step):
-            found = trial(disk, home, n, error, bool(stays))
+            found = TRIALS[what](disk, home, n, error, bool(stays))
             print(json.dumps(found | {"error": error}), flush=True)
+            shutil.rmtree(home / f"sitting {n}", ignore_errors=True)
             if n > found["count"] + 5:
                 break
 
@@ -151,7 +214,7 @@ def explained(words: str, reason: str) -> bool:
 def test_a_disk_that_fails_while_a_checkpoint_is_written(library: Path, tmp_path: Path):
     "Whichever operation fails: the new checkpoint is whole, or one sentence says why not and the old one is whole; the process goes on, and ends."
     series = f"{errno.ENOSPC}:1:1:1 {errno.ENOSPC}:0:1:9 {errno.EIO}:0:5:9 {errno.EROFS}:1:3:9".split()
-    found = in_a_child(library, "trials", tmp_path, *series)
+    found = in_a_child(library, "checkpoints", tmp_path, *series)
     kinds = {name for one in found for name in (one["operation"] or [""])[0].split()[:1]}
     assert {"mkdir", "open", "write", "writev", "fsync", "rename", "unlinkat", "rmdir"} <= kinds, kinds
     assert sum("/state" in one["operation"][0] for one in found if one["operation"]) > 30  # tensorstore's among them
@@ -165,6 +228,90 @@ def test_a_disk_that_fails_while_a_checkpoint_is_written(library: Path, tmp_path
         assert not one["later"] or explained(one["later"], reason), one
         assert not one["closed"], one
     assert sum(bool(one["said"]) for one in found) > 100 and sum(not one["failed"] for one in found) >= 4
+
+
+def test_a_disk_that_fails_during_a_run(library: Path, tmp_path: Path):
+    "Whatever fails of history, record, checkpoints and model: one sentence, and the next session ends the run as if nothing had been."
+    series = f"{errno.ENOSPC}:1:1:12 {errno.ENOSPC}:0:5:24 {errno.EROFS}:1:9:24".split()
+    found = in_a_child(library, "sessions", tmp_path, *series)
+    for one in found:
+        assert not one["said"] or explained(one["said"], os.strerror(one["error"])), one
+        assert one["said"] or one["value"] == 0.5**8, one
+        assert not one["later"] and one["value later"] == 0.5**8, one
+        assert one["rows"] == [{"step": i, "value": 0.5**i} for i in range(1, 9)], one
+        assert one["files"] == [".lock", "checkpoints", "history.jsonl", "model.safetensors", "run.json"], one
+        assert one["ended"][0] == one["ended"][-1] == "finished", one
+    assert sum(bool(one["said"]) for one in found) > 20
+    touched = {one["operation"][0].split("/")[1].split(".")[0] for one in found if one["operation"]}
+    print(touched, {one["count"] for one in found})
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "Compiled programs, for all children."
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    "A short run that nobody touched."
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert Child(out, cache=cache, options=SHORT).end(120) == (0, "finished")
+    return out
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    "A file system of four megabytes."
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def begun(out: Path, cache: Path) -> Child:
+    "A run that has a checkpoint, and goes on slowly."
+    child = Child(out, cache=cache, options=SHORT, pause=0.1)
+    child.wait_until((out / "checkpoints/3").exists)
+    return child
+
+
+def test_a_full_disk(small_disk: Path, undisturbed: Path, cache: Path):
+    "The run stops with one sentence; where there is room again, it ends as if nothing had been."
+    out, ballast = small_disk / "run", small_disk / "ballast"
+    child = begun(out, cache)
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    code, words = child.end()
+    assert code == 2 and explained(words, os.strerror(errno.ENOSPC)) and "is whole: mend this and resume" in words
+    code, words = Child(out, cache=cache, options=SHORT, resume=True).end()
+    assert code == 2 and explained(words, os.strerror(errno.ENOSPC))
+    ballast.unlink()
+    assert Child(out, cache=cache, options=SHORT, resume=True).end() == (0, "finished")
+    assert same_end(out, undisturbed)
+
+
+def test_a_folder_that_cannot_be_written(small_disk: Path, cache: Path):
+    "The run does not begin, and one sentence says why."
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    code, words = Child(small_disk / "run", cache=cache, options=SHORT).end()
+    assert code == 2 and explained(words, os.strerror(errno.EROFS))
+
+
+def test_a_folder_that_is_moved_away(undisturbed: Path, cache: Path, tmp_path: Path):
+    "The run stops with one sentence, and makes no new folder; from the other place, it goes on as if nothing had been."
+    child = begun(tmp_path / "run", cache)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    code, words = child.end()
+    assert code == 2 and "Traceback" not in words and "\n" not in words and str(tmp_path / "run") in words, words
+    assert not (tmp_path / "run").exists()
+    assert checkpointed(tmp_path / "moved", 3).config == untrained().config
+    assert Child(tmp_path / "moved", cache=cache, options=SHORT, resume=True).end() == (0, "finished")
+    assert same_end(tmp_path / "moved", undisturbed)
 
 
 DAMAGES = {
@@ -182,7 +329,7 @@ def flipped(data: bytes, at: int) -> bytes:
 
 def test_damage(tmp_path: Path):
     "A file of the newest checkpoint cut, emptied, gone or with a bit turned over: the newest numbers, or the ones before with a warning, never others."
-    written, before = Checkpoints(tmp_path / "good"), {}
+    written = Checkpoints(tmp_path / "good")
     for step in (10, 20):
         written.save(step, state_at(step), about(step), metric=1 / step)
         written.wait()
@@ -204,9 +351,12 @@ def test_damage(tmp_path: Path):
         outcomes[str(file), name] = (step, [str(w) for w in said])
         assert same and (step == 20 or step == 10 and said or step is None), (file, name, step, same)
         shutil.rmtree(place)
-    for k, v in outcomes.items(): print(k, v)
+    assert [step for step, _ in outcomes.values()].count(10) > 40  # a fifth of the files is of no importance
+    assert all(
+        step == 10 for (file, _), (step, _) in outcomes.items() if "about/metadata" in file or "state/d/" in file
+    )
 
 
 if __name__ == "__main__":
     what, library, home, *arguments = sys.argv[1:]
-    {"trials": trials}[what](Disk(library), Path(home), *arguments)
+    trials(Disk(library), Path(home), what, *arguments)

@@ -1,13 +1,14 @@
 """A run that is killed, stopped, disturbed, or goes on for long ends as one that nobody touched, to the last bit."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_run import CONFIG, Child, last_step, rows, same_end, sessions, train
+from small_run import CONFIG, Child, last_step, rows, same_end, sessions
 
 KILLS, LAST = 20, CONFIG.max_steps
 
@@ -69,7 +70,7 @@ def test_a_run_that_is_killed_twenty_times(undisturbed: Path, cache: Path, tmp_p
     assert torn >= 5  # of the kills came while a checkpoint was written
     assert Child(out, cache=cache, resume=True).end() == (0, "finished")
     ends = [s["ended"] for s in sessions(out)]
-    assert ends == ["killed"] * begun + ["finished"] and begun >= KILLS - 5  # the others came before it had the folder
+    assert ends == ["killed"] * begun + ["finished"] and begun >= KILLS // 2  # the others came before it had the folder
     assert same_end(out, undisturbed)
 
 
@@ -79,10 +80,6 @@ def test_a_run_that_is_asked_to_stop(number: signal.Signals, undisturbed: Path, 
     out = tmp_path / "run"
     child = Child(out, cache=cache)
     child.wait_until(lambda: last_step(out) >= 7)
-    time.sleep(0.03)
-    child.process.pid and signal.pidfd_send_signal  # noqa: B018
-    import os
-
     os.kill(child.process.pid, number)
     code, words = child.end()
     stopped = last_step(out)
@@ -107,3 +104,17 @@ def test_two_runs_in_one_folder(undisturbed: Path, cache: Path, tmp_path: Path):
         assert time.monotonic() - begin < 5 and first.process.exitcode is None
     assert first.end() == (0, "finished")
     assert len(sessions(out)) == 1 and same_end(out, undisturbed)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_a_long_run(cache: Path, tmp_path: Path):
+    "Two thousand steps with checkpoints, history and validation: no more than 6 MB of memory after the first 400, no thread, no open file."
+    options = dict(max_steps=2000, checkpoint_every=100, validate_every=100, log_every=50)
+    child = Child(tmp_path / "run", cache=cache, options=options, measure=tmp_path / "measured.jsonl")
+    assert child.end(120) == (0, "finished")
+    found = [json.loads(line) for line in (tmp_path / "measured.jsonl").read_text().splitlines()]
+    late = [row for row in found if row["step"] >= 400]
+    assert late[-1]["step"] == 2000
+    print(found)
+    assert max(row["megabytes"] for row in late) - late[0]["megabytes"] < 6, found
+    assert max(row["threads"] for row in late) <= late[0]["threads"] and late[-1]["files"] <= late[0]["files"], found

@@ -94,6 +94,8 @@ class Session:
         stack.enter_context(claim(self.out))
         if not self.resume and (self.out / "checkpoints").exists():
             raise InputError(f"'{self.out}' already holds a run: pass --resume to go on with it, or another folder")
+        for left in self.out.glob(".*.part.*"):  # by a process that was killed while it wrote
+            left.unlink()
         self.facts = RunRecord(self.out)
 
     def __exit__(self, kind, error, trace):
@@ -110,7 +112,8 @@ class Session:
         for tracker in self.trackers:
             tracker.close()
         if self.checkpoints and self.facts.record.get("sessions") and self.out.is_dir():
-            self.facts.end(how, self.step)
+            with self._writing("run.json"):
+                self.facts.end(how, self.step)
 
 # %% ../nbs/02f_sessions.ipynb #5e6df6e1
 def _restore(session: Session, state: Any) -> tuple[Any, dict[str, Any]]:
