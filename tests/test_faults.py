@@ -242,8 +242,8 @@ def test_a_disk_that_fails_during_a_run(library: Path, tmp_path: Path):
         assert one["files"] == [".lock", "checkpoints", "history.jsonl", "model.safetensors", "run.json"], one
         assert one["ended"][0] == one["ended"][-1] == "finished", one
     assert sum(bool(one["said"]) for one in found) > 20
-    touched = {one["operation"][0].split("/")[1].split(".")[0] for one in found if one["operation"]}
-    print(touched, {one["count"] for one in found})
+    touched = " ".join(name for one in found for name in one["operation"])
+    assert all(name in touched for name in ("/history.jsonl", "/.run.", "/.model.", "/checkpoints/")), touched
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +351,7 @@ def test_damage(tmp_path: Path):
         outcomes[str(file), name] = (step, [str(w) for w in said])
         assert same and (step == 20 or step == 10 and said or step is None), (file, name, step, same)
         shutil.rmtree(place)
-    assert [step for step, _ in outcomes.values()].count(10) > 40  # a fifth of the files is of no importance
+    assert [step for step, _ in outcomes.values()].count(10) > 30  # the others do not matter
     assert all(
         step == 10 for (file, _), (step, _) in outcomes.items() if "about/metadata" in file or "state/d/" in file
     )
