@@ -7,10 +7,13 @@ __all__ = ['CHECKPOINT_VERSION', 'checksum', 'architecture', 'Checkpoints', 'che
 
 # %% ../nbs/02e_checkpoints.ipynb #132e8d43
 import contextlib
+import functools
 import itertools
 import json
 import logging
 import math
+import re
+import sys
 import threading
 import warnings
 import zlib
@@ -84,12 +87,29 @@ def _reason(error: BaseException) -> str:
     )
 
 
-def _let_go():
-    "Ends orbax's threads that wait for a write that has failed; they would hold up the end of the process for minutes."
-    waiting = [t for t in threading.enumerate() if type(t).__name__ == "_SignalingThread"]
+@functools.cache
+def _quiet():
+    "Keeps orbax and tensorstore from printing at length what `Checkpoints` says in one sentence, about tasks that nobody waits for any more."
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    theirs = re.compile("orbax|tensorstore|OCDBT")
+    whole = logging.Formatter().format  # message and traceback
+    logging.getLogger("asyncio").addFilter(lambda record: not theirs.search(whole(record)))
+    before = sys.unraisablehook
+
+    def hook(what):
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    sys.unraisablehook = hook
+
+
+def _let_go(others: set[threading.Thread]):
+    "Ends orbax's threads, but for `others`, that wait for a write that has failed; they would hold up the end of the process for minutes."
+    waiting = [t for t in set(threading.enumerate()) - others if type(t).__name__ == "_SignalingThread"]
     if waiting and jax.process_count() == 1:
         from orbax.checkpoint._src.futures import future
 
+        warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # what they would have run
         for thread in waiting:
             with contextlib.suppress(RuntimeError, AttributeError):  # it has just ended, or is of another version
                 thread.cancel()
@@ -105,7 +125,7 @@ def _put_aside_metrics(folder: Path):
             warnings.warn(f"the metric in '{path}' is damaged: this checkpoint counts as one without", stacklevel=3)
             path.rename(path.with_name("damaged"))
 
-
+# %% ../nbs/02e_checkpoints.ipynb #b276f264
 class Checkpoints:
     "The training states in a folder, by step."
 
@@ -119,14 +139,14 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _quiet()
         metric = lambda found: found["metric"]
         best = policies.BestN(get_metric_fn=metric, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
             best_fn=metric, best_mode="min", create=True, cleanup_tmp_directories=True,
         )  # fmt: skip
-        self.folder, self.failed = Path(folder).resolve(), False
+        self.folder, self.failed, self.others = Path(folder).resolve(), False, set(threading.enumerate())
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
         with self._explained("could not be opened"):
             if is_main():
@@ -154,7 +174,8 @@ class Checkpoints:
             raise
         except Exception as e:
             self.failed = True
-            _let_go()
+            if "written" in what:
+                _let_go(self.others)
             left = (
                 f"that of step {self.steps[-1]} is whole: mend this and resume"
                 if self.steps
@@ -181,6 +202,7 @@ class Checkpoints:
         told["seal"] = _seal(told)
         items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(told))
         metrics = None if metric is None or not math.isfinite(metric) else {"metric": float(metric)}
+        self.others = set(threading.enumerate())
         with self._explained("could not be written"):
             self.manager.save(step, args=items, metrics=metrics, force=True)
 

@@ -94,8 +94,8 @@ class Session:
         stack.enter_context(claim(self.out))
         if not self.resume and (self.out / "checkpoints").exists():
             raise InputError(f"'{self.out}' already holds a run: pass --resume to go on with it, or another folder")
-        for left in self.out.glob(".*.part.*"):  # by a process that was killed while it wrote
-            left.unlink()
+        for left in (*self.out.glob(".*.part.*"), *self.out.glob(".tmp??????")):  # the second by safetensors
+            left.unlink()  # a process was killed while it wrote
         self.facts = RunRecord(self.out)
 
     def __exit__(self, kind, error, trace):
