@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from fastcore.basics import patch
 
@@ -109,7 +108,9 @@ def _let_go(others: set[threading.Thread]):
     if waiting and jax.process_count() == 1:
         from orbax.checkpoint._src.futures import future
 
-        warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # what they would have run
+        warnings.filterwarnings(
+            "ignore", "coroutine '.*' was never awaited", RuntimeWarning
+        )  # what they would have run
         for thread in waiting:
             with contextlib.suppress(RuntimeError, AttributeError):  # it has just ended, or is of another version
                 thread.cancel()

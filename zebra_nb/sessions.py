@@ -7,7 +7,6 @@ __all__ = ['Interrupted', 'signals_noted', 'Session']
 
 # %% ../nbs/02f_sessions.ipynb #fded20ff
 import contextlib
-import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
@@ -75,7 +74,7 @@ class Session:
         self.out, self.model, self.config, self.resume = None if out is None else Path(out), model, config, resume
         self.batches, self.record, self.track, self.mesh = batches, record or {}, track, mesh
         self.stack, self.checkpoints, self.kept, self.step = contextlib.ExitStack(), None, 0, 0
-        self.noted, self.trackers, self.facts = [], [], RunRecord(None)
+        self.noted, self.trackers, self.facts, self.begun = [], [], RunRecord(None), False
 
     def __enter__(self) -> "Session":
         with contextlib.ExitStack() as stack:
@@ -111,7 +110,7 @@ class Session:
         "Lets trackers send the rest, and writes down how it ended."
         for tracker in self.trackers:
             tracker.close()
-        if self.checkpoints and self.facts.record.get("sessions") and self.out.is_dir():
+        if self.begun and self.out.is_dir():
             with self._writing("run.json"):
                 self.facts.end(how, self.step)
 
@@ -143,6 +142,7 @@ def restore(
     with self._writing("run.json"):
         self.history = HistoryFile(path, resume_at=self.step)
         if path:
+            self.begun = True
             self.facts.begin(self.config, self.model, from_step=self.step, mesh=shape)
             about = {"training": self.config.to_dict(), "model": self.model.config.to_dict(), **self.record}
             self.trackers = open_trackers(self.track, self.out, about, resume_at=self.step)
