@@ -17,8 +17,9 @@ import jax
 import numpy as np
 from fastcore.basics import patch
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 
-from .checkpoints import Checkpoints, architecture
+from .checkpoints import Checkpoints, _reason, architecture
 from .core import AbstractConfig, AbstractModel, InputError, save
 from .loading import check_fingerprint
 from .mesh import any_process, is_main, on_main
@@ -156,14 +157,14 @@ def _writing(self: Session, what: str) -> Iterator[None]:
     "Turns what the file system says into an `InputError` of one sentence."
     try:
         yield
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         steps = self.checkpoints.steps if self.checkpoints else []
         left = (
             f"the checkpoint of step {steps[-1]} is whole: mend this and resume"
             if steps
             else "no checkpoint was written before"
         )
-        raise InputError(f"{what} in '{self.out}' could not be written ({e.strerror or e}); {left}") from e
+        raise InputError(f"{what} in '{self.out}' could not be written ({_reason(e)}); {left}") from e
 
 # %% ../nbs/02f_sessions.ipynb #b9e9a8a6
 @patch
