@@ -370,6 +370,18 @@ def test_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     )
 
 
+def test_the_arrays_of_another_step(tmp_path: Path):
+    "Whole files with other numbers in them, as a folder put together by hand has: the checksum tells."
+    written = Checkpoints(tmp_path)
+    for step in (10, 20):
+        save_at(written, step)
+    written.close()
+    shutil.rmtree(tmp_path / "20/state")
+    shutil.copytree(tmp_path / "10/state", tmp_path / "20/state")
+    with pytest.warns(UserWarning, match="the checkpoint of step 20 in .* is damaged"):
+        assert kept(tmp_path) == (10, True)
+
+
 if __name__ == "__main__":
     what, library, home, *arguments = sys.argv[1:]
     trials(Disk(library), Path(home), what, *arguments)
