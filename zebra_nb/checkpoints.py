@@ -7,15 +7,21 @@ __all__ = ['CHECKPOINT_VERSION', 'checksum', 'architecture', 'steps_in', 'Checkp
 
 # %% ../nbs/02e_checkpoints.ipynb #132e8d43
 import contextlib
+import functools
+import itertools
+import json
 import logging
 import math
+import re
+import sys
+import threading
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from fastcore.basics import patch
 
@@ -58,6 +64,11 @@ def architecture(model: AbstractModel) -> dict[str, Any]:
     "Class, module and configuration of `model`, JSON-ready."
     return dict(model=type(model).__name__, module=type(model).__module__, config=model.config.to_dict())
 
+
+def _seal(told: dict[str, Any]) -> int:
+    "32 bits that depend on every character of what a checkpoint says of itself."
+    return zlib.crc32(json.dumps({k: v for k, v in told.items() if k != "seal"}, sort_keys=True).encode())
+
 # %% ../nbs/02e_checkpoints.ipynb #9c4b193b
 def _reason(error: BaseException) -> str:
     "The shortest true account of why a file could not be written."
@@ -75,6 +86,47 @@ def _reason(error: BaseException) -> str:
     )
 
 
+@functools.cache
+def _quiet():
+    "Keeps orbax and tensorstore from printing at length what `Checkpoints` says in one sentence, about tasks that nobody waits for any more."
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    theirs = re.compile("orbax|tensorstore|OCDBT")
+    whole = logging.Formatter().format  # message and traceback
+    logging.getLogger("asyncio").addFilter(lambda record: not theirs.search(whole(record)))
+    before = sys.unraisablehook
+
+    def hook(what):
+        if str(what.exc_value) != "Event loop is closed":
+            before(what)
+
+    sys.unraisablehook = hook
+
+
+def _let_go(others: set[threading.Thread]):
+    "Ends orbax's threads, but for `others`, that wait for a write that has failed; they would hold up the end of the process for minutes."
+    waiting = [t for t in set(threading.enumerate()) - others if type(t).__name__ == "_SignalingThread"]
+    if waiting and jax.process_count() == 1:
+        from orbax.checkpoint._src.futures import future
+
+        warnings.filterwarnings(
+            "ignore", "coroutine '.*' was never awaited", RuntimeWarning
+        )  # what they would have run
+        for thread in waiting:
+            with contextlib.suppress(RuntimeError, AttributeError):  # it has just ended, or is of another version
+                thread.cancel()
+                future.set_signals(thread._receive_signals, operation_id=thread._operation_id)
+
+
+def _put_aside_metrics(folder: Path):
+    "Renames a metric that cannot be read: with it, nobody could open the folder."
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            float(json.loads(path.read_text("utf-8", "replace"))["metric"])
+        except (ValueError, KeyError, TypeError):
+            warnings.warn(f"the metric in '{path}' is damaged: this checkpoint counts as one without", stacklevel=3)
+            path.rename(path.with_name("damaged"))
+
+# %% ../nbs/02e_checkpoints.ipynb #b276f264
 def steps_in(folder: str | Path) -> list[int]:
     "The steps of the checkpoints in `folder`: each gets its name when it is whole."
     names = [p.name for p in Path(folder).iterdir()] if Path(folder).is_dir() else []
@@ -94,16 +146,19 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint import checkpoint_managers as policies
 
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        _quiet()
         metric = lambda found: found["metric"]
         best = policies.BestN(get_metric_fn=metric, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
             best_fn=metric, best_mode="min", create=True, cleanup_tmp_directories=True,
         )  # fmt: skip
-        self.folder, self.failed = Path(folder).resolve(), False
+        self.folder, self.failed, self.others = Path(folder).resolve(), False, set(threading.enumerate())
         handlers = {"state": ocp.StandardCheckpointHandler(), "about": ocp.JsonCheckpointHandler()}
         with self._explained("could not be opened"):
+            if is_main():
+                _put_aside_metrics(self.folder)
+            any_process(np.array(False))  # wait for it
             self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     @property
@@ -125,6 +180,8 @@ class Checkpoints:
             raise
         except Exception as e:
             self.failed = True
+            if "written" in what:
+                _let_go(self.others)
             left = (
                 f"that of step {self.steps[-1]} is whole: mend this and resume"
                 if self.steps
@@ -148,8 +205,10 @@ class Checkpoints:
         leaves = named_leaves(state)
         told = dict(format="zebra_nb.checkpoint", version=CHECKPOINT_VERSION, zebra_nb=zebra_nb.__version__, step=step)
         told |= about | dict(checksum=checksum(leaves))
+        told["seal"] = _seal(told)
         items = ocp.args.Composite(state=ocp.args.StandardSave(leaves), about=ocp.args.JsonSave(told))
         metrics = None if metric is None or not math.isfinite(metric) else {"metric": float(metric)}
+        self.others = set(threading.enumerate())
         with self._explained("could not be written"):
             self.manager.save(step, args=items, metrics=metrics, force=True)
 
@@ -170,20 +229,39 @@ class Checkpoints:
                 self.manager.close()
 
 # %% ../nbs/02e_checkpoints.ipynb #20b9f25b
-def _told(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
-    "What the checkpoint of `step` says of itself; raises `InputError` for a format that this version does not read."
+def _legible(read: Callable[[], Any]) -> Any:
+    "What `read` returns; None where it cannot make sense of what is there. Where it was not allowed to look, or had no room, the error stays."
+    kind = ("Permission denied", "Input/output error", "Too many open files", "Cannot allocate", "RESOURCE_EXHAUSTED")
+    try:
+        return read()
+    except Exception as e:
+        refused = isinstance(e, OSError) and not isinstance(e, (FileNotFoundError, NotADirectoryError))
+        if refused or isinstance(e, MemoryError) or any(words in str(e) for words in kind):
+            raise
+        return None
+
+
+def _told(checkpoints: Checkpoints, step: int) -> dict[str, Any] | None:
+    "What the checkpoint of `step` says of itself; None where that is damaged; raises `InputError` for a format that this version does not read."
     import orbax.checkpoint as ocp
 
-    if not (checkpoints.folder / str(step) / "about").is_dir():
+    if (checkpoints.folder / str(step) / "default").is_dir():
         raise InputError(
             f"the checkpoints in '{checkpoints.folder}' have format version 1: resume with zebra_nb 0.1, or begin again in a new folder"
         )
-    told = checkpoints.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-    if told["version"] > CHECKPOINT_VERSION:
+    read = lambda: checkpoints.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+    told = _legible(lambda: (found := read()) | {"version": int(found["version"]), "step": int(found["step"])})
+    if told is not None and told["version"] > CHECKPOINT_VERSION:
         raise InputError(
-            f"the checkpoints in '{checkpoints.folder}' have format version {told['version']}, this zebra_nb reads up to {CHECKPOINT_VERSION}: resume with zebra_nb {told['zebra_nb']}"
+            f"the checkpoints in '{checkpoints.folder}' have format version {told['version']}, this zebra_nb reads up to {CHECKPOINT_VERSION}: resume with zebra_nb {told.get('zebra_nb')}"
         )
-    return told
+    return told if told is not None and told.get("seal") == _seal(told) and told["step"] == step else None
+
+
+def _shapes(checkpoints: Checkpoints, step: int) -> dict[str, Any] | None:
+    "Shape and type of the arrays in the checkpoint of `step`; None where that is damaged."
+    shapes = _legible(lambda: dict(checkpoints.manager.item_metadata(step).state))
+    return shapes if shapes and all(hasattr(x, "shape") for x in shapes.values()) else None
 
 
 def _same_architecture(folder: Path, before: dict[str, Any], now: dict[str, Any], found: dict, wanted: dict):
@@ -206,10 +284,8 @@ def _read(
     "The arrays of `step`; None where they are damaged, for any process."
     import orbax.checkpoint as ocp
 
-    try:
-        found = checkpoints.manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted))).state
-    except Exception:
-        found = None
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
+    found = _legible(lambda: checkpoints.manager.restore(step, args=args).state)
     if any_process(np.array(found is None)):
         return None
     return found if checksum(found) == told["checksum"] else None
@@ -217,7 +293,8 @@ def _read(
 
 def _set_aside(checkpoints: Checkpoints, step: int):
     "Renames a damaged checkpoint, so that nobody takes it for a whole one, and its step is free."
-    aside = checkpoints.folder / f"{step}.damaged"
+    names = (f"{step}.damaged{i}" for i in itertools.chain([""], itertools.count(2)))
+    aside = next(path for name in names if not (path := checkpoints.folder / name).exists())
     if is_main():
         warnings.warn(
             f"the checkpoint of step {step} in '{checkpoints.folder}' is damaged: it is now '{aside.name}', and the one before it is used",
@@ -236,22 +313,20 @@ def restore(
 ) -> tuple[Any, dict[str, Any]] | None:
     "The newest whole state and what was told with it; None when there is none; raises `InputError` for another architecture, or when all are damaged."
     wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in named_leaves(like).items()}
+    here = {k: (v.shape, str(v.dtype)) for k, v in wanted.items()}
     for step in reversed(before := self.steps):
         with self._explained("could not be read"):
-            told = _told(self, step)
-            there = {
-                k: (tuple(v.shape), str(np.dtype(v.dtype)))
-                for k, v in dict(self.manager.item_metadata(step).state).items()
-            }
-        here = {k: (v.shape, str(v.dtype)) for k, v in wanted.items()}
-        _same_architecture(self.folder, told["model"], model, there, here)
-        found = _read(self, step, wanted, told)
-        if found is not None:
-            leaves, structure = jax.tree.flatten(like)
-            names = iter(wanted)
-            filled = [found[next(names)] if hasattr(x, "shape") else x for x in leaves]
-            return jax.tree.unflatten(structure, filled), told
-        _set_aside(self, step)
+            told, shapes = _told(self, step), _shapes(self, step)
+            if not any_process(np.array(told is None or shapes is None)):
+                there = {k: (tuple(v.shape), str(np.dtype(v.dtype))) for k, v in shapes.items()}
+                _same_architecture(self.folder, told["model"], model, there, here)
+                found = _read(self, step, wanted, told)
+                if found is not None:
+                    leaves, structure = jax.tree.flatten(like)
+                    names = iter(wanted)
+                    filled = [found[next(names)] if hasattr(x, "shape") else x for x in leaves]
+                    return jax.tree.unflatten(structure, filled), told
+            _set_aside(self, step)
     if before:
         raise InputError(f"none of the checkpoints in '{self.folder}' is whole: begin again in a new folder")
     return None
@@ -274,10 +349,12 @@ def checkpointed(
         raise InputError(
             f"'{run}' has no checkpoint '{which}': choose best, newest, or one of {', '.join(map(str, steps))}"
         )
-    told, shapes = _told(checkpoints, step), dict(checkpoints.manager.item_metadata(step).state)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here) for k, v in shapes.items()}
-    found = _read(checkpoints, step, wanted, told)
+    with checkpoints._explained("could not be read"):
+        told, shapes, found = _told(checkpoints, step), _shapes(checkpoints, step), None
+        if told and shapes:
+            here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            wanted = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=here) for k, v in shapes.items()}
+            found = _read(checkpoints, step, wanted, told)
     checkpoints.close()
     if found is None:
         raise InputError(

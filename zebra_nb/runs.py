@@ -237,16 +237,18 @@ class RunRecord:
 def claim(
     folder: str | Path | None,  # made if it is not there; nothing happens when None
 ) -> Iterator[None]:
-    "Holds the lock of a run's folder; raises `InputError` where somebody else does."
+    "Holds the lock of a run's folder; raises `InputError` where somebody else does, or where nothing can be written."
     if folder is None:
         yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(Path(folder) / ".lock", timeout=0)
     try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
         raise InputError(f"another process is training into '{folder}': wait for it, or pass another folder") from None
+    except OSError as e:
+        raise InputError(f"nothing can be written into '{folder}' ({e.strerror or e}): pass another folder") from e
     try:
         yield
     finally:

@@ -7,7 +7,6 @@ __all__ = ['Interrupted', 'signals_noted', 'Session']
 
 # %% ../nbs/02f_sessions.ipynb #fded20ff
 import contextlib
-import dataclasses
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,8 +17,9 @@ import jax
 import numpy as np
 from fastcore.basics import patch
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 
-from .checkpoints import Checkpoints, architecture
+from .checkpoints import Checkpoints, _reason, architecture
 from .core import AbstractConfig, AbstractModel, InputError, save
 from .loading import check_fingerprint
 from .mesh import any_process, is_main, on_main
@@ -75,7 +75,7 @@ class Session:
         self.out, self.model, self.config, self.resume = None if out is None else Path(out), model, config, resume
         self.batches, self.record, self.track, self.mesh = batches, record or {}, track, mesh
         self.stack, self.checkpoints, self.kept, self.step = contextlib.ExitStack(), None, 0, 0
-        self.noted, self.trackers, self.facts = [], [], RunRecord(None)
+        self.noted, self.trackers, self.facts, self.begun = [], [], RunRecord(None), False
 
     def __enter__(self) -> "Session":
         with contextlib.ExitStack() as stack:
@@ -94,6 +94,8 @@ class Session:
         stack.enter_context(claim(self.out))
         if not self.resume and (self.out / "checkpoints").exists():
             raise InputError(f"'{self.out}' already holds a run: pass --resume to go on with it, or another folder")
+        for left in (*self.out.glob(".*.part.*"), *self.out.glob(".tmp??????")):  # the second by safetensors
+            left.unlink()  # a process was killed while it wrote
         self.facts = RunRecord(self.out)
 
     def __exit__(self, kind, error, trace):
@@ -109,8 +111,9 @@ class Session:
         "Lets trackers send the rest, and writes down how it ended."
         for tracker in self.trackers:
             tracker.close()
-        if self.checkpoints and self.facts.record.get("sessions") and self.out.is_dir():
-            self.facts.end(how, self.step)
+        if self.begun and self.out.is_dir():
+            with self._writing("run.json"):
+                self.facts.end(how, self.step)
 
 # %% ../nbs/02f_sessions.ipynb #5e6df6e1
 def _restore(session: Session, state: Any) -> tuple[Any, dict[str, Any]]:
@@ -140,6 +143,7 @@ def restore(
     with self._writing("run.json"):
         self.history = HistoryFile(path, resume_at=self.step)
         if path:
+            self.begun = True
             self.facts.begin(self.config, self.model, from_step=self.step, mesh=shape)
             about = {"training": self.config.to_dict(), "model": self.model.config.to_dict(), **self.record}
             self.trackers = open_trackers(self.track, self.out, about, resume_at=self.step)
@@ -153,14 +157,14 @@ def _writing(self: Session, what: str) -> Iterator[None]:
     "Turns what the file system says into an `InputError` of one sentence."
     try:
         yield
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         steps = self.checkpoints.steps if self.checkpoints else []
         left = (
             f"the checkpoint of step {steps[-1]} is whole: mend this and resume"
             if steps
             else "no checkpoint was written before"
         )
-        raise InputError(f"{what} in '{self.out}' could not be written ({e.strerror or e}); {left}") from e
+        raise InputError(f"{what} in '{self.out}' could not be written ({_reason(e)}); {left}") from e
 
 # %% ../nbs/02f_sessions.ipynb #b9e9a8a6
 @patch
