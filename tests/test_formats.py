@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -22,7 +23,8 @@ sys.path.insert(0, str(fixtures))
 import make  # noqa: E402
 from test_fuzz import LAYOUTS  # noqa: E402
 
-from zebra_nb import core, hub, tokenizer  # noqa: E402
+from zebra_nb import checkpoints, core, hub, tokenizer  # noqa: E402
+from zebra_nb.checkpoints import checkpointed  # noqa: E402
 from zebra_nb.core import InputError, content_hash, load, read_header  # noqa: E402
 from zebra_nb.data import open_fields  # noqa: E402
 from zebra_nb.nsp import NextScalePredictor  # noqa: E402
@@ -31,11 +33,11 @@ from zebra_nb.tokenizer import TokenDataset, VQVAETokenizer  # noqa: E402
 EXPECTED = json.loads((fixtures / "expected.json").read_text())
 VERSIONS = {
     "model": core.FORMAT_VERSION, "tokens": tokenizer.TOKEN_VERSION, "shards": tokenizer.TOKEN_VERSION,
-    "tokenizer": hub.PRETRAINED_VERSION, "predictor": hub.PRETRAINED_VERSION,
+    "tokenizer": hub.PRETRAINED_VERSION, "predictor": hub.PRETRAINED_VERSION, "run": checkpoints.CHECKPOINT_VERSION,
 }  # fmt: skip
 OPEN = {
     "model": load, "tokens": TokenDataset, "shards": lambda path: TokenDataset(path / "train.npz"),
-    "tokenizer": VQVAETokenizer.from_pretrained, "predictor": NextScalePredictor.from_pretrained,
+    "tokenizer": VQVAETokenizer.from_pretrained, "predictor": NextScalePredictor.from_pretrained, "run": checkpointed,
 }  # fmt: skip
 
 
@@ -60,7 +62,7 @@ def told(name: str, path: Path) -> str:
 def test_every_kind_has_a_fixture():
     "Each kind has one of each version so far, all of them a few kilobytes."
     for name, newest in VERSIONS.items():
-        first = 2 if name == "shards" else 1
+        first = 2 if name in ("shards", "run") else 1
         for version in range(first, newest + 1):
             assert [f for f in EXPECTED if f.split(".")[0] == f"{name}-v{version}"], f"no {name} of version {version}"
     files = [path for path in fixtures.rglob("*") if path.is_file()]
@@ -69,14 +71,19 @@ def test_every_kind_has_a_fixture():
         "make.py",
         "expected.json",
     }
-    assert max(path.stat().st_size for path in files) < 50_000
+    assert max(path.stat().st_size for path in files) < 80_000
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_fixture_gives_its_numbers(name: str):
     "What was saved by any version comes out, to the hash and the last code."
-    found, wanted = OPEN[kind(name)](fixtures / name), EXPECTED[name]
-    if kind(name) == "model":
+    path, wanted = fixtures / name, EXPECTED[name]
+    with tempfile.TemporaryDirectory() as folder:  # who opens the checkpoints of a run writes there, too
+        found = OPEN[kind(name)](copied(name, Path(folder)) if kind(name) == "run" else path)
+    if kind(name) == "run":
+        assert make.seen(found)["hash"] == wanted["hash"]
+        got = found.decode([np.array(c) for c in wanted["codes"]])
+    elif kind(name) == "model":
         got = found.decode([np.array(c) for c in wanted["codes"]])
         assert content_hash(found) == wanted["hash"] == read_header(fixtures / name)["hash"]
         assert read_header(fixtures / name)["record"] == {"steps": 0}
@@ -120,6 +127,9 @@ def raise_version(path: Path, version: int):
     elif path.suffix == ".eqx":
         line, arrays = path.read_bytes().split(b"\n", 1)
         path.write_bytes(json.dumps(json.loads(line) | {"version": version}).encode() + b"\n" + arrays)
+    elif (path / "run.json").exists():
+        about = next(path.glob("checkpoints/*/about/metadata"))
+        about.write_text(json.dumps(json.loads(about.read_text()) | {"version": version}))
     else:
         about = next(p for p in (path / "config.json", path / "train.json") if p.exists())
         about.write_text(json.dumps(json.loads(about.read_text()) | {"version": version}))
@@ -130,15 +140,21 @@ def test_newer_version_is_refused(name: str, tmp_path: Path):
     "The sentence names the file's version and the newest that is read."
     newest, path = VERSIONS[kind(name)], copied(name, tmp_path)
     raise_version(path, newest + 1)
-    assert f"has format version {newest + 1}, this zebra_nb reads up to {newest}: upgrade it" in told(name, path)
+    assert f"format version {newest + 1}, this zebra_nb reads up to {newest}: " in told(name, path)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
 def test_flipped_bit_is_noticed(name: str, tmp_path: Path):
-    "In the arrays of a model by its hash; in the rows of a token file by the archive's checksum, or by the hash."
+    "In the arrays of a model by its hash; in the rows of a token file by the archive's checksum, or by the hash; in what a checkpoint says by its seal (its arrays: see `test_faults`)."
     path = copied(name, tmp_path)
     file = {"tokenizer": path / "model.safetensors", "predictor": path / "model.safetensors"}.get(kind(name), path)
-    file = path / "train-00001-of-00002.npz" if kind(name) == "shards" else file
+    if kind(name) == "shards":
+        file = path / "train-00001-of-00002.npz"
+    elif kind(name) == "run":
+        about = next(path.glob("checkpoints/*/about/metadata"))
+        about.write_text(about.read_text().replace('"fold_in": 2', '"fold_in": 3'))
+        assert "is damaged" in told(name, path)
+        return
     data = bytearray(file.read_bytes())
     if file.suffix == ".npz":
         with zipfile.ZipFile(file) as z:
