@@ -74,7 +74,7 @@ class Session:
     ):
         self.out, self.model, self.config, self.resume = None if out is None else Path(out), model, config, resume
         self.batches, self.record, self.track, self.mesh = batches, record or {}, track, mesh
-        self.stack, self.checkpoints, self.kept, self.step = contextlib.ExitStack(), None, 0, 0
+        self.stack, self.checkpoints, self.step = contextlib.ExitStack(), None, 0
         self.noted, self.trackers, self.facts, self.begun = [], [], RunRecord(None), False
 
     def __enter__(self) -> "Session":
@@ -137,7 +137,7 @@ def restore(
 ) -> tuple[Any, int]:
     "The state to go on from, and its step; raises `InputError` where the folder holds a run of another architecture or of other data."
     state, told = _restore(self, state)
-    self.step = self.kept = told["step"]
+    self.step = told["step"]
     shape = dict(self.mesh.shape) if self.mesh else None
     path = self.out / "history.jsonl" if self.checkpoints and is_main() else None
     with self._writing("run.json"):
@@ -195,7 +195,6 @@ def keep(
         "revision": self.facts.record["sessions"][-1]["revision"] if self.facts.record else None, "record": self.record,
     }  # fmt: skip
     self.checkpoints.save(step, state, about, metric)
-    self.kept = step
 
 
 @patch
