@@ -38,9 +38,7 @@ def main() -> None:
             **threads,
             **cache,
         )
-        apart = (
-            ("-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder") if workers > 1 else ()
-        )  # a process per file
+        apart = ("-n", str(workers), "--dist", "loadfile") if workers > 1 else ()  # a process per file
         pytest, browser = (sys.executable, "-m", "pytest", *sys.argv[1:]), "tests/test_browser.py"
         tests = run(*pytest, "tests", f"--ignore={browser}", *apart, **cache)
         tests = run(*pytest, browser, **cache) and tests  # alone, since it counts frames a second
