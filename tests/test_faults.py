@@ -258,12 +258,6 @@ def test_a_disk_that_fails_during_a_run(library: Path, tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "Compiled programs, for all children."
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     "A short run that nobody touched."
     out = tmp_path_factory.mktemp("undisturbed") / "run"

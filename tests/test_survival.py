@@ -14,12 +14,6 @@ KILLS, LAST = 20, CONFIG.max_steps
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    "Compiled programs, for all children."
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     "The run that nobody touched."
     out = tmp_path_factory.mktemp("undisturbed") / "run"

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
-from .core import AbstractConfig, InputError, clear_leftovers, dotted, read_json, write_atomically
+from .core import AbstractConfig, InputError, changed, clear_leftovers, read_json, write_atomically
 from .core import progress as progress_bar
 from .simulate import lay_out
 from .systems import Preset, preset
@@ -204,10 +204,9 @@ def open_index(
 
 def _differences(found: dict, wanted: dict) -> Iterator[str]:
     "What differs between two indices, in words; shards follow from the rest."
-    there, here = (dotted({k: v for k, v in d.items() if k != "shards"}) for d in (found, wanted))
-    for name in sorted(there.keys() | here.keys()):
-        if there.get(name) != here.get(name):
-            yield f"{name} is {there.get(name)} there and {here.get(name)} here"
+    there, here = ({k: v for k, v in d.items() if k != "shards"} for d in (found, wanted))
+    for name, (a, b) in sorted(changed(there, here).items()):
+        yield f"{name} is {a} there and {b} here"
 
 # %% ../nbs/01g_ensembles.ipynb #668b9370
 def simulate_ensemble(
