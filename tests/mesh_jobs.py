@@ -48,8 +48,8 @@ def save_steps(out: Path, name: str, start, loss, how, mesh: str, batches) -> in
     "Some training steps on a mesh: writes the arrays of the state, returns the bytes of a step's arguments per device."
     import numpy as np
 
-    from zebra_nb.core import named_leaves
     from zebra_nb.mesh import cut, make_mesh, place, place_rows
+    from zebra_nb.model_files import named_leaves
     from zebra_nb.training import make_step
 
     mesh = make_mesh(mesh)

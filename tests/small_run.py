@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from zebra_nb.checkpoints import Checkpoints
-from zebra_nb.core import InputError, content_hash, load
+from zebra_nb.core import InputError
 from zebra_nb.loading import Loader
+from zebra_nb.model_files import content_hash, load
 from zebra_nb.quantizer import QuantizerConfig
 from zebra_nb.sessions import Interrupted
 from zebra_nb.training import TrainConfig, fit

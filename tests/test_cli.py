@@ -246,7 +246,7 @@ def test_bad_numbers(work: Path):
 WATCHED = """
 import sys
 sys.modules.update(dict.fromkeys(("IPython", "ipywidgets", "matplotlib")))  # as if they were not installed
-from zebra_nb.core import load, read_header
+from zebra_nb.model_files import load, read_header
 from zebra_nb.monitor import TrainingMonitor
 from zebra_nb.pipeline import split_like, train_nsp, train_vqvae
 from zebra_nb.training import TrainConfig

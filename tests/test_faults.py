@@ -26,7 +26,8 @@ from jaxtyping import Array, Float
 from small_run import CONFIG, Child, rows, same_end, sessions, untrained
 
 from zebra_nb.checkpoints import Checkpoints, checkpointed
-from zebra_nb.core import AbstractConfig, AbstractModel, InputError, load, named_leaves
+from zebra_nb.core import AbstractConfig, AbstractModel, InputError
+from zebra_nb.model_files import load, named_leaves
 from zebra_nb.quantizer import QuantizerConfig
 from zebra_nb.sessions import Session
 

@@ -23,16 +23,17 @@ sys.path.insert(0, str(fixtures))
 import make  # noqa: E402
 from test_fuzz import LAYOUTS  # noqa: E402
 
-from zebra_nb import checkpoints, core, hub, tokenizer  # noqa: E402
+from zebra_nb import checkpoints, hub, model_files, tokenizer  # noqa: E402
 from zebra_nb.checkpoints import checkpointed  # noqa: E402
-from zebra_nb.core import InputError, content_hash, load, read_header  # noqa: E402
+from zebra_nb.core import InputError  # noqa: E402
 from zebra_nb.data import open_fields  # noqa: E402
+from zebra_nb.model_files import content_hash, load, read_header  # noqa: E402
 from zebra_nb.nsp import NextScalePredictor  # noqa: E402
 from zebra_nb.tokenizer import TokenDataset, VQVAETokenizer  # noqa: E402
 
 EXPECTED = json.loads((fixtures / "expected.json").read_text())
 VERSIONS = {
-    "model": core.FORMAT_VERSION, "tokens": tokenizer.TOKEN_VERSION, "shards": tokenizer.TOKEN_VERSION,
+    "model": model_files.FORMAT_VERSION, "tokens": tokenizer.TOKEN_VERSION, "shards": tokenizer.TOKEN_VERSION,
     "tokenizer": hub.PRETRAINED_VERSION, "predictor": hub.PRETRAINED_VERSION, "run": checkpoints.CHECKPOINT_VERSION,
 }  # fmt: skip
 OPEN = {

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .core import InputError, npy_header, read_npz
+from .core import InputError
+from .files import npy_header, read_npz
 from .hdf5 import plain
 from .matlab import SnapshotReader, files_in
 from .readers import Variable, VariableReader, described, plain_variable, reading, select

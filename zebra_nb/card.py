@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 
 import zebra_nb
-from .core import AbstractModel, InputError, content_hash, count_parameters, dotted, write_atomically
+from .core import AbstractModel, InputError, count_parameters, dotted
 from .evaluation import BITS_PER_NUMBER, json_ready
+from .files import write_atomically
 from .metrics import compression_ratio, entropy, fourier_truncation, mse, relative_l2, ssim, token_counts
+from .model_files import content_hash
 from .rollouts import LABELS, lead_steps
 from .tokenizer import LOUDEST, VQVAETokenizer
 
@@ -363,8 +365,8 @@ def save_figures(
     channel: str = "omega",  # name of the first channel, the one that is drawn
 ) -> dict[str, str]:
     "Writes `round_trip.png` and `tokens.png` into `folder`; returns what they show, by file name."
-    from zebra_nb.core import plot_fields
     from zebra_nb.figures import plot_usage, quantity
+    from zebra_nb.plots import plot_fields
 
     fields = np.asarray(fields, np.float32).reshape(-1, *tokenizer.field_shape)
     tokens = tokenizer.encode(fields)

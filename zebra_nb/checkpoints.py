@@ -26,8 +26,9 @@ import numpy as np
 from fastcore.basics import patch
 
 import zebra_nb
-from .core import AbstractModel, InputError, changed, named_leaves, skeleton_of
+from .core import AbstractModel, InputError, changed
 from .mesh import any_process, is_main
+from .model_files import named_leaves, skeleton_of
 
 # %% ../nbs/02e_checkpoints.ipynb #074a5d24
 def _shard_sum(bits: np.ndarray, index: tuple, shape: tuple[int, ...]) -> int:

@@ -12,10 +12,10 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 
-from .core import field_limit, plot_field
 from .data import FieldDataset
 from .figures import STYLES
 from .metrics import perplexity, token_counts, usage
+from .plots import field_limit, plot_field
 from .widgets import AbstractViewer, Setting, figure_png, import_widgets
 
 # %% ../nbs/09c_codebook_viewer.ipynb #f76cfe5f

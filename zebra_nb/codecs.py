@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from scipy.fft import dctn, idctn
 from scipy.special import ndtr
 
-from .core import InputError, new_axes
+from .core import InputError
 from zebra_nb.metrics import (
     Numbers,
     energy_spectrum,
@@ -30,6 +30,7 @@ from zebra_nb.metrics import (
     token_counts,
 )
 from .nsp import nsp_loss
+from .plots import new_axes
 
 # %% ../nbs/07b_codecs.ipynb #db8b3588
 def amplitudes(

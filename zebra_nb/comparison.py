@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .core import InputError, dotted, new_axes
+from .core import InputError, dotted
+from .plots import new_axes
 from .runs import History, read_run, settings_of
 
 # %% ../nbs/02da_comparison.ipynb #a197c70a

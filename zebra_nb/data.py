@@ -17,7 +17,8 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 
-from .core import InputError, write_atomically
+from .core import InputError
+from .files import write_atomically
 from .readers import AbstractReader, slack
 from .sources import open_reader
 

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
-from .core import AbstractConfig, InputError, changed, clear_leftovers, read_json, write_atomically
+from .core import AbstractConfig, InputError, changed
 from .core import progress as progress_bar
+from .files import clear_leftovers, read_json, write_atomically
 from .simulate import lay_out
 from .systems import Preset, preset
 

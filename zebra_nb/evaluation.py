@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from .core import InputError, write_atomically
+from .core import InputError
+from .files import write_atomically
 from zebra_nb.metrics import (
     Numbers,
     compression_ratio,

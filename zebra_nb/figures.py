@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from .core import PAGE, InputError, color_bar, field_limit, figure_width, new_axes, plot_field, write_atomically
+from .core import InputError
+from .files import write_atomically
 from .metrics import shares, token_counts
+from .plots import PAGE, color_bar, field_limit, figure_width, new_axes, plot_field
 from .rollouts import LABELS, Rollout, lead_steps
 
 # %% ../nbs/08a_figures.ipynb #7d4b2e38

@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from .core import InputError, field_limit, write_atomically
+from .core import InputError
 from .figures import SPECTRA, STYLES, quantity
+from .files import write_atomically
 from .metrics import shell_spectrum
+from .plots import field_limit
 from .rollouts import LABELS, Rollout
 
 # %% ../nbs/08aa_films.ipynb #51db0066

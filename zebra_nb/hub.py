@@ -16,8 +16,10 @@ from pathlib import Path
 
 import zebra_nb
 from .card import NOT_RECORDED, evaluate_tokenizer, model_card, save_figures
-from .core import AbstractModel, InputError, content_hash, load, read_header, read_json, save, write_atomically
+from .core import AbstractModel, InputError
 from .evaluation import json_ready
+from .files import read_json, write_atomically
+from .model_files import content_hash, load, read_header, save
 from .nsp import NextScalePredictor
 from .tokenizer import VQVAETokenizer
 from .vqvae import AbstractVQVAE2d

@@ -22,9 +22,10 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Array, Float
 
-from .core import AbstractModel, InputError, color_bar, field_limit, plot_field
+from .core import AbstractModel, InputError
 from .figures import quantity
 from .metrics import relative_l2
+from .plots import color_bar, field_limit, plot_field
 from .runs import History
 from .vqvae import AbstractVQVAE2d
 

@@ -25,10 +25,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .checkpoints import steps_in
-from .core import AbstractConfig, InputError, Normalizer, create, load, read_header, write_atomically
+from .core import AbstractConfig, InputError, Normalizer, create
 from .data import FieldDataset, Splits, open_fields
+from .files import write_atomically
 from .loading import Loader
 from .mesh import any_process, each_process, everywhere, make_mesh, on_main, share_of
+from .model_files import load, read_header
 from .nsp import NextScalePredictor, nsp_loss, training_flop
 from .quantizer import QuantizerConfig
 from .runs import History

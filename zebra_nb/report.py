@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import __version__
-from .core import dotted, write_atomically
+from .core import dotted
 from zebra_nb.figures import (
     plot_errors,
     plot_ranks,
@@ -28,6 +28,7 @@ from zebra_nb.figures import (
     plot_usage,
     quantity,
 )
+from .files import write_atomically
 from .films import player, reel, rollout_film
 from .metrics import token_counts
 from .rollouts import LABELS, Rollout, beats_persistence, lead_steps

@@ -28,7 +28,10 @@ import jax
 import numpy as np
 
 import zebra_nb
-from .core import AbstractConfig, AbstractModel, InputError, content_hash, dotted, new_axes, write_atomically
+from .core import AbstractConfig, AbstractModel, InputError, dotted
+from .files import write_atomically
+from .model_files import content_hash
+from .plots import new_axes
 
 # %% ../nbs/02d_runs.ipynb #5144b74a
 class History(list):

@@ -12,9 +12,10 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 
-from .core import InputError, field_limit, plot_field
+from .core import InputError
 from .figures import STYLES
 from .metrics import relative_l2
+from .plots import field_limit, plot_field
 from .widgets import AbstractViewer, Setting, figure_png, import_widgets
 
 # %% ../nbs/09d_scale_viewer.ipynb #4751493e

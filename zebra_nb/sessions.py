@@ -20,9 +20,10 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 
 from .checkpoints import Checkpoints, _reason, architecture
-from .core import AbstractConfig, AbstractModel, InputError, save
+from .core import AbstractConfig, AbstractModel, InputError
 from .loading import check_fingerprint
 from .mesh import any_process, is_main, on_main
+from .model_files import save
 from .runs import HistoryFile, RunRecord, claim, open_trackers
 
 # %% ../nbs/02f_sessions.ipynb #9a1b5dd4

@@ -30,8 +30,9 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from .core import AbstractConfig, InputError, write_atomically
+from .core import AbstractConfig, InputError
 from .core import progress as progress_bar
+from .files import write_atomically
 
 # %% ../nbs/01_simulate.ipynb #f294c76f
 def velocity_spectrum(

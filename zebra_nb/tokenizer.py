@@ -22,18 +22,10 @@ from fastcore.basics import patch
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from zebra_nb.core import (
-    InputError,
-    clear_leftovers,
-    content_hash,
-    load,
-    progress,
-    read_header,
-    read_json,
-    read_npz,
-    write_atomically,
-)  # fmt: skip
+from .core import InputError, progress
+from .files import clear_leftovers, read_json, read_npz, write_atomically
 from .mesh import everywhere, mesh_of, place_rows, to_host
+from .model_files import content_hash, load, read_header
 from .transforms import Layout, Transforms
 from .vqvae import AbstractVQVAE2d
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from .core import InputError, write_atomically
+from .core import InputError
+from .files import write_atomically
 from .films import Reel, page, player
 
 # %% ../nbs/08c_widgets.ipynb #27ec600f
