@@ -20,7 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 
-from .core import InputError
+from .core import InputError, changed
 from .data import Windows
 
 # %% ../nbs/02a_loading.ipynb #d80bf448
@@ -190,10 +190,11 @@ def check_fingerprint(
     run: Any,  # what to call the run
 ):
     "Raises `InputError` that names what differs."
-    changed = [f"{k} was {before[k]}, is {now.get(k)}" for k in before if before[k] != now.get(k)]
-    if changed:
+    other = changed(before, {k: now.get(k) for k in before})
+    if other:
+        words = "; ".join(f"{k} was {a}, is {b}" for k, (a, b) in other.items())
         raise InputError(
-            f"the run in '{run}' saw other batches ({'; '.join(changed)}): resume with its own data and settings, "
+            f"the run in '{run}' saw other batches ({words}): resume with its own data and settings, "
             "or pass a new folder"
         )
 

@@ -339,7 +339,7 @@ def fit(
     with Session(out, state.model, config, **settings) as session:
         state, start = session.restore(place(state, cut(state, mesh)))
         history, pending, broken = session.history.records, [], []  # pending: metrics that nobody has looked at
-        began = time.perf_counter() - (history[-1].get("seconds", 0) if history else 0)
+        began = time.perf_counter() - next((r["seconds"] for r in reversed(history) if "seconds" in r), 0)
         bar = progress(total=config.max_steps, desc=desc, initial=start, disable=not is_main())
         with bar, contextlib.closing(batches_of(train, start, config.max_steps)) as batches:
             for i, batch in enumerate(batches, start + 1):
