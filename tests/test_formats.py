@@ -23,17 +23,18 @@ sys.path.insert(0, str(fixtures))
 import make  # noqa: E402
 from test_fuzz import LAYOUTS  # noqa: E402
 
-from zebra_nb import checkpoints, hub, model_files, tokenizer  # noqa: E402
+from zebra_nb import checkpoints, hub, model_files, token_files  # noqa: E402
 from zebra_nb.checkpoints import checkpointed  # noqa: E402
 from zebra_nb.core import InputError  # noqa: E402
 from zebra_nb.data import open_fields  # noqa: E402
 from zebra_nb.model_files import content_hash, load, read_header  # noqa: E402
 from zebra_nb.nsp import NextScalePredictor  # noqa: E402
-from zebra_nb.tokenizer import TokenDataset, VQVAETokenizer  # noqa: E402
+from zebra_nb.token_files import TokenDataset  # noqa: E402
+from zebra_nb.tokenizer import VQVAETokenizer  # noqa: E402
 
 EXPECTED = json.loads((fixtures / "expected.json").read_text())
 VERSIONS = {
-    "model": model_files.FORMAT_VERSION, "tokens": tokenizer.TOKEN_VERSION, "shards": tokenizer.TOKEN_VERSION,
+    "model": model_files.FORMAT_VERSION, "tokens": token_files.TOKEN_VERSION, "shards": token_files.TOKEN_VERSION,
     "tokenizer": hub.PRETRAINED_VERSION, "predictor": hub.PRETRAINED_VERSION, "run": checkpoints.CHECKPOINT_VERSION,
 }  # fmt: skip
 OPEN = {
@@ -176,6 +177,23 @@ def test_flipped_bit_is_noticed(name: str, tmp_path: Path):
         data[-1] ^= 1
         file.write_bytes(data)
         assert "is not as it was saved, but damaged or altered" in told(name, path)
+
+
+def test_shard_of_another_run_is_noticed(tmp_path: Path):
+    "What an earlier run left of the same tokenizer and as many rows is refused, be it of other data or of an earlier release."
+    its, path = VQVAETokenizer.from_pretrained(fixtures / "tokenizer-v1"), tmp_path / "train.npz"
+    data, other = (open_fields(sign * make.fields(), dt=0.5, axes="nthw") for sign in (1, -1))
+    for process in (0, 1):
+        its.save_tokens(path, data, process=process, n_processes=2, bar=False)
+    whole, shard = TokenDataset(path).hash, tmp_path / "train-00001-of-00002.npz"
+    with np.load(fixtures / "shards-v2" / shard.name) as f:
+        assert str(f["tokenizer_hash"]) == its.hash and "data_hash" not in f
+    its.save_tokens(path, other, process=1, n_processes=2, bar=False)
+    for left in (shard.read_bytes(), (fixtures / "shards-v2" / shard.name).read_bytes()):
+        shard.write_bytes(left)
+        assert "does not belong to 'train.json', but to another tokenizer or other data" in told("shards-v2", tmp_path)
+    its.save_tokens(path, data, process=1, n_processes=2, bar=False)
+    assert TokenDataset(path).hash == whole
 
 
 def test_lying_sizes_cost_nothing(tmp_path: Path):

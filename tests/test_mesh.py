@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from zebra_nb.checkpoints import steps_in
-from zebra_nb.tokenizer import TokenDataset
+from zebra_nb.token_files import TokenDataset
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}

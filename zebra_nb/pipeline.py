@@ -35,7 +35,8 @@ from .nsp import NextScalePredictor, nsp_loss, training_flop
 from .quantizer import QuantizerConfig
 from .runs import History
 from .sampling import Temperature, check_sampling
-from .tokenizer import TokenDataset, VQVAETokenizer
+from .token_files import TokenDataset
+from .tokenizer import VQVAETokenizer
 from .training import TrainConfig, fit
 from .transforms import AbstractTransform, Transforms
 from .vqvae import AbstractVQVAE2d, VARVQVAE2d, VQVAE2d, VQVAEConfig, vqvae_loss
