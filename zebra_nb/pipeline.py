@@ -304,7 +304,8 @@ def evaluate_nsp(
 ) -> dict[str, Any]:
     "Rolls out the predictor from test frames; writes `metrics.json`, `rollout.mp4` and `report.html`; returns the metrics."
     from zebra_nb.evaluation import evaluate, write_metrics
-    from zebra_nb.films import rollout_film, save_film
+    from zebra_nb.films import rollout_film
+    from zebra_nb.playback import save_film
     from zebra_nb.report import rollout_sections, write_report
     from zebra_nb.rollouts import rollout
     from zebra_nb.scores import seen_tokens

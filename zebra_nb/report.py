@@ -29,8 +29,9 @@ from zebra_nb.figures import (
     quantity,
 )
 from .files import write_atomically
-from .films import player, reel, rollout_film
+from .films import rollout_film
 from .metrics import token_counts
+from .playback import player, reel
 from .rollouts import LABELS, Rollout, beats_persistence, lead_steps
 
 # %% ../nbs/08b_report.ipynb #3578999c
