@@ -126,7 +126,7 @@ def player(
 <figcaption>{html.escape(note or title)}</figcaption>
 <script type="application/json">{data}</script><script>{PLAYER_SCRIPT}</script></figure>"""
 
-
+# %% ../nbs/08ac_playback.ipynb #f0871020
 def page(body: str, title: str) -> str:
     "A whole HTML page around a player."
     head = (
