@@ -108,7 +108,8 @@ def run_and_tokenizer():
 def report(run_and_tokenizer, tmp_path_factory) -> Path:
     "A report of it."
     from zebra_nb.evaluation import evaluate
-    from zebra_nb.report import rollout_sections, write_report
+    from zebra_nb.report import write_report
+    from zebra_nb.sections import rollout_sections
 
     run, tokenizer = run_and_tokenizer
     about = dict(command="zebra-nb eval-nsp --n_samples 2", configuration=dict(seed=0))

@@ -305,10 +305,12 @@ def evaluate_nsp(
 ) -> dict[str, Any]:
     "Rolls out the predictor from test frames; writes `metrics.json`, `rollout.mp4` and `report.html`; returns the metrics."
     from zebra_nb.evaluation import evaluate, write_metrics
-    from zebra_nb.films import rollout_film, save_film
-    from zebra_nb.report import rollout_sections, write_report
+    from zebra_nb.films import rollout_film
+    from zebra_nb.playback import save_film
+    from zebra_nb.report import write_report
     from zebra_nb.rollouts import rollout
     from zebra_nb.scores import seen_tokens
+    from zebra_nb.sections import rollout_sections
 
     check_sampling(temperature, top_k, top_p)
     model, tokenizer = load_predictor(checkpoint)
@@ -345,7 +347,7 @@ def evaluate_nsp(
 
 def summary(metrics: dict[str, Any]) -> str:
     "The questions with their answers, and the errors at a few steps, as text."
-    from zebra_nb.report import questions_of
+    from zebra_nb.questions import questions_of
     from zebra_nb.rollouts import LABELS, lead_steps
 
     words, steps = {True: "yes", False: "no", None: "unknown"}, lead_steps(metrics["known_steps"])

@@ -22,15 +22,9 @@ from exponax.etdrk import ETDRK4
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from .core import AbstractConfig, InputError
-from zebra_nb.simulate import (
-    AbstractSystem,
-    AbstractTurbulence,
-    AbstractVorticity,
-    AbstractWaves,
-    DampedWaveStepper,
-    ForcedTurbulence,
-    VorticityStepper,
-)  # fmt: skip
+from .equations import AbstractSystem, AbstractTurbulence, AbstractVorticity, AbstractWaves
+from .simulate import ForcedTurbulence
+from .steppers import DampedWaveStepper, VorticityStepper
 
 # %% ../nbs/01f_systems.ipynb #6edb2801
 class OscillatingETDRK4(ETDRK4):

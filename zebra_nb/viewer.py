@@ -14,8 +14,10 @@ from fastcore.basics import patch
 
 from .core import InputError
 from .figures import plot_rollout
-from .films import COLORMAPS, Film, field_of, palette, reel, rollout_film, save_film, stride_for
+from .films import Film, field_of, rollout_film, stride_for
 from .metrics import relative_l2, shell_spectrum
+from .painting import COLORMAPS, palette
+from .playback import reel, save_film
 from .rollouts import Rollout
 from .widgets import AbstractViewer, Setting, import_widgets
 

@@ -21,7 +21,7 @@ from fastcore.basics import patch
 
 from .core import InputError
 from .files import write_atomically
-from .films import Reel, page, player
+from .playback import Reel, page, player
 
 # %% ../nbs/08c_widgets.ipynb #27ec600f
 def import_widgets():
