@@ -84,7 +84,9 @@ def plan(
     print(planning.plan_summary(found, names, efficiency))
 
 # %% ../nbs/10d_lab.ipynb #057d56de
-def tutorials(into: Path) -> Path:
+def tutorials(
+    into: Path,  # the folder for copies
+) -> Path:
     "The folder of the tutorials: a checkout's own, or copies in `into`, where those that are there already are left alone."
     own = Path(zebra_nb.__file__).resolve().parents[1] / "nbs" / "tutorials"
     if own.is_dir():
