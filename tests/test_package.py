@@ -83,7 +83,7 @@ def test_wheel_brings_the_tutorials(scripts: Path, tmp_path: Path):
     (tmp_path / "here").mkdir()
     first = min(path.name for path in (root / "nbs/tutorials").glob("*.ipynb"))
     (tmp_path / "here" / first).write_text("mine")
-    code = "from pathlib import Path; from zebra_nb.cli import tutorials; print(tutorials(Path('here')))"
+    code = "from pathlib import Path; from zebra_nb.lab import tutorials; print(tutorials(Path('here')))"
     assert run(scripts / "python", "-c", code, cwd=tmp_path).strip() == "here"
     copies = {path.name: path.read_text() for path in (tmp_path / "here").iterdir()}
     assert copies.pop(first) == "mine"
