@@ -21,14 +21,18 @@ from .core import InputError
 from .data import Splits
 from .evaluation import evaluate, write_metrics
 from .files import write_atomically
-from .films import rollout_film, save_film
+from .films import rollout_film
 from .mesh import everywhere
 from .pipeline import load_predictor
-from .report import Section, provenance_section, questions_of, rollout_sections, write_report
+from .playback import save_film
+from .questions import questions_of
+from .report import Section, write_report
 from .rollouts import LABELS, Rollout, lead_steps, rollout
 from .sampling import Temperature, check_sampling
 from .scores import seen_tokens
-from .tokenizer import TokenDataset, VQVAETokenizer
+from .sections import provenance_section, rollout_sections
+from .token_files import TokenDataset
+from .tokenizer import VQVAETokenizer
 
 # %% ../nbs/09aa_forecasts.ipynb #6215ce23
 def save_forecast(

@@ -26,7 +26,8 @@ from .mesh import any_process, each_process, make_mesh, on_main, share_of
 from .model_files import load, read_header
 from .nsp import NextScalePredictor, nsp_loss, training_flop
 from .runs import History
-from .tokenizer import TokenDataset, VQVAETokenizer
+from .token_files import TokenDataset
+from .tokenizer import VQVAETokenizer
 from .training import TrainConfig, fit
 from .transforms import AbstractTransform, Transforms
 from .vqvae import AbstractVQVAE2d, VARVQVAE2d, VQVAE2d, VQVAEConfig, vqvae_loss

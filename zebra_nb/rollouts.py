@@ -20,7 +20,8 @@ from .core import InputError
 from .core import progress as progress_bar
 from .data import FieldDataset
 from .metrics import Numbers, relative_l2
-from .nsp import Temperature, roll_out
+from .nsp import roll_out
+from .sampling import Temperature
 
 # %% ../nbs/07d_rollouts.ipynb #c03cd41c
 class SolverPredictor(eqx.Module):
