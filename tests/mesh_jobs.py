@@ -67,7 +67,8 @@ def steps(out: str) -> None:
     import numpy as np
 
     from zebra_nb.core import create
-    from zebra_nb.nsp import NextScalePredictor, NSPConfig, nsp_loss
+    from zebra_nb.nsp import NextScalePredictor, nsp_loss
+    from zebra_nb.token_embedding import NSPConfig
     from zebra_nb.training import TrainState
     from zebra_nb.vqvae import VARVQVAE2d, vqvae_loss
 

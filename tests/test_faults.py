@@ -33,7 +33,7 @@ from zebra_nb.sessions import Session
 
 PATIENCE = 30  # seconds for one trial
 SHORT = dict(max_steps=12)
-MODEL = {"model": "EMACodebook", "module": "zebra_nb.quantizer", "config": {"dim": 8}}
+MODEL = {"model": "EMACodebook", "module": "zebra_nb.codebook", "config": {"dim": 8}}
 
 
 @dataclasses.dataclass(frozen=True)

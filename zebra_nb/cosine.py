@@ -9,7 +9,7 @@ __all__ = ['CosineCodebook']
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from .quantizer import AbstractMeanCodebook
+from .codebook import AbstractMeanCodebook
 
 # %% ../nbs/04a_cosine.ipynb #7c4bcabf
 class CosineCodebook(AbstractMeanCodebook):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .codebook import AbstractCodebook
 from .core import Buffer, InputError
-from .quantizer import AbstractCodebook
 
 # %% ../nbs/04c_fsq.ipynb #a87f4971
 def fsq_levels(

@@ -26,7 +26,8 @@ from jax.sharding import AxisType, Mesh
 
 from .core import AbstractModel, InputError, create, is_buffer
 from .mesh import AXES, bytes_per_device, cut, parse_mesh, row_sharding, virtual_devices
-from .nsp import NextScalePredictor, NSPConfig, nsp_loss
+from .nsp import NextScalePredictor, nsp_loss
+from .token_embedding import NSPConfig
 from .training import PEAK_FLOPS, TrainConfig, TrainState, make_step
 from .vqvae import VARVQVAE2d, VQVAE2d, VQVAEConfig, vqvae_loss
 

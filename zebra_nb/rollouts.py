@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from .core import InputError
 from .core import progress as progress_bar
 from .data import FieldDataset
+from .generation import roll_out
 from .metrics import Numbers, relative_l2
-from .nsp import roll_out
 from .sampling import Temperature
 
 # %% ../nbs/07d_rollouts.ipynb #c03cd41c

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from .codebook import AbstractCodebook, distances
 from .core import Buffer
-from .quantizer import AbstractCodebook, distances
 
 # %% ../nbs/04b_simvq.ipynb #e14bf423
 class Basis(Buffer):

@@ -325,7 +325,7 @@ def nsp_config(
     **size,  # n_layer, n_head, n_embd, …
 ):
     "The `NSPConfig` of a predictor of this tokenizer's tokens."
-    from zebra_nb.nsp import NSPConfig
+    from zebra_nb.token_embedding import NSPConfig
 
     return NSPConfig(
         scales=self.scales, scale_vocab_sizes=self.scale_vocab_sizes, codebook_dim=self.config.quantizer.dim,

@@ -24,17 +24,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import zebra_nb.cosine
 import zebra_nb.fsq
 import zebra_nb.simvq  # noqa: F401  (these three register their codebooks)
+from .codebook import CodeStatistics, code_perplexity, distances
 from .core import AbstractConfig, AbstractModel, Buffer, InputError, Normalizer
 from .layers import Attention2d, Conv2d, GroupNorm2d, ResBlock2d, UpsampleConv2d
 from zebra_nb.quantizer import (
     AbstractQuantizer2d,
-    CodeStatistics,
     MultiScaleQuantizer2d,
     Quantized,
     Quantizer2d,
     QuantizerConfig,
-    code_perplexity,
-    distances,
     enlarge,
 )
 from .training import Aux
