@@ -53,8 +53,8 @@ def plan(
     "Plan a training step on devices that need not be there: bytes, messages, operations, and the time on named accelerators."
     from zebra_nb import planning
     from zebra_nb.mesh import parse_mesh
-    from zebra_nb.nsp import NSPConfig
     from zebra_nb.quantizer import QuantizerConfig
+    from zebra_nb.token_embedding import NSPConfig
     from zebra_nb.training import TrainConfig
     from zebra_nb.vqvae import VQVAEConfig
 
