@@ -14,6 +14,8 @@ import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from . import __version__
 from .files import write_atomically
 
@@ -32,6 +34,7 @@ def number(x: typing.Any) -> str:
     "`x` as it stands in a table: three decimals where that is sensible, a dash for None."
     if x is None:
         return "–"
+    x = x.item() if isinstance(x, np.generic) else x
     if isinstance(x, bool):
         return "yes" if x else "no"
     if not isinstance(x, float):
